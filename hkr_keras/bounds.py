@@ -1,0 +1,706 @@
+"""Upper bounds on Lipschitz constants: on the host, in float64, from the stored weights.
+
+Nothing here trusts a projection. A bound is about the function in exact arithmetic at inference, L2 norm in,
+L2 norm out. Bounds of layers live in `layer_bound`, a single-dispatch function: register a layer of your own
+with `@hkr_keras.bounds.layer_bound.register(MyLayer)`, exactly as this module does.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+import rich.box
+import rich.console
+import rich.table
+from keras import ops
+
+from hkr_keras import layers as hkr_layers
+from hkr_keras.geometry import Geometry, kernel_geometries, overlap
+
+_EPSILON = float(np.finfo(np.float64).eps)
+
+# ---- kernels --------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Spectrum:
+    """Singular values of a linear operator: the smallest and largest found, and a proven upper bound."""
+
+    smallest: float
+    largest: float
+    bound: float
+
+
+def host(variable) -> np.ndarray:
+    """Weights as float64 on the host.
+
+    Raises:
+        ValueError: for NaN or infinite weights.
+    """
+    tensor = ops.convert_to_tensor(variable)
+    if keras.backend.standardize_dtype(tensor.dtype) not in ("float32", "float64"):
+        tensor = ops.cast(tensor, "float32")
+    array = np.asarray(ops.convert_to_numpy(tensor), dtype=np.float64)
+    if not np.isfinite(array).all():
+        raise ValueError(
+            "Expected finite weights. "
+            f"Received: {getattr(variable, 'path', 'weights')} with {np.sum(~np.isfinite(array))} NaN or infinite entries"
+        )
+    return array
+
+
+def matrix_spectrum(matrices: np.ndarray) -> Spectrum:
+    """Spectrum of a stack of real or complex matrices `(..., rows, columns)`, seen as one block diagonal.
+
+    Singular values are roots of the eigenvalues of the Gram matrices on the smaller side. Forming and
+    decomposing those in float64 is off by at most a small multiple of `rows * columns * eps * norm^2`, and the
+    bound is inflated by 16 times that.
+
+    Args:
+        matrices: float64 or complex128 array.
+
+    Raises:
+        ValueError: for an empty array.
+
+    Example:
+
+    >>> matrix_spectrum(np.diag([2.0, 0.5])).largest
+    2.0
+    """
+    if matrices.size == 0:
+        raise ValueError(f"Expected a kernel that is not empty. Received: shape={matrices.shape}")
+    scale = float(np.abs(matrices).max())
+    if scale == 0.0:
+        return Spectrum(0.0, 0.0, 0.0)
+    a = matrices / scale
+    adjoint = np.conj(np.swapaxes(a, -1, -2))
+    gram = a @ adjoint if a.shape[-2] < a.shape[-1] else adjoint @ a
+    eigenvalues = np.linalg.eigvalsh(gram)
+    smallest, largest = (scale * math.sqrt(max(0.0, float(value))) for value in (eigenvalues.min(), eigenvalues.max()))
+    return Spectrum(smallest, largest, largest * (1.0 + 16 * a.shape[-2] * a.shape[-1] * _EPSILON))
+
+
+def convolution_spectrum(blocks: np.ndarray, strides: Sequence[int]) -> Spectrum:
+    """Spectrum of a convolution with zero, causal, valid or circular padding, for every image size.
+
+    The stride is removed by the polyphase identity: a convolution with stride s is one with stride 1 from s
+    times as many channels. What is left is `sup |K^(w)|` over all frequencies w. On a grid of N frequencies
+    per dimension, `sup <= max over the grid / prod cos(pi (k - 1) / (2 N))`, since every `u* K^ v` is a
+    trigonometric polynomial of degree (k - 1) / 2 after centring.
+
+    Args:
+        blocks: float64 kernel `(*window, blocks, inputs, outputs)` of a block-diagonal convolution.
+        strides: one per dimension of the window.
+
+    Example:
+
+    >>> spectrum = convolution_spectrum(np.ones((3, 1, 1, 1)), (1,))
+    >>> 3.0 <= spectrum.bound < 3.01
+    True
+
+    Reference:
+        Sedghi, Gupta and Long, ICLR 2019 (arXiv 1805.10408), for the circular case; Ehlich and Zeller, Math.
+        Z. 86 (1964), for what happens between the points of the grid.
+    """
+    taps = _polyphase(blocks, strides)
+    window = taps.shape[: len(strides)]
+    if all(k == 1 for k in window):
+        return matrix_spectrum(taps)
+    sizes = _grid(window, taps.shape[-2:])
+    correction = math.prod(math.cos(math.pi * (k - 1) / (2 * n)) for k, n in zip(window, sizes, strict=True))
+    # The kernel is real: the half of the last axis that rfftn keeps holds every singular value.
+    found = matrix_spectrum(np.fft.rfftn(taps, sizes, axes=tuple(range(len(strides)))))
+    rounding = 1.0 + 64 * math.sqrt(taps.size) * math.log2(2 * math.prod(sizes)) * _EPSILON
+    return Spectrum(found.smallest, found.largest, found.bound * rounding / correction)
+
+
+def _grid(window, matrix_shape) -> list[int]:
+    """Frequencies per dimension: enough for a slack of 0.1 %, fewer where that would take long."""
+    small, large = sorted(matrix_shape)
+    active = sum(k > 1 for k in window)
+    affordable = 4e10 / (4 * small**2 * (large + 4 * small))  # floating-point operations, a few seconds
+    finest = max(2.0, affordable ** (1 / active))
+    wanted = math.pi / 2 * math.sqrt(active / 0.002)
+    return [1 if k == 1 else max(4 * (k - 1), math.ceil(min(wanted * (k - 1), finest))) for k in window]
+
+
+def _polyphase(blocks: np.ndarray, strides: Sequence[int]) -> np.ndarray:
+    """Kernel of the equivalent convolution with stride 1: `(*window, blocks, inputs * prod(strides), outputs)`."""
+    rank = len(strides)
+    padding = [(0, -k % s) for k, s in zip(blocks.shape, strides, strict=False)] + [(0, 0)] * 3
+    padded = np.pad(blocks, padding)
+    split = [size for k, s in zip(padded.shape, strides, strict=False) for size in (k // s, s)]
+    taps = padded.reshape(*split, *blocks.shape[rank:])  # tap o = s q + r goes to phase r, tap q
+    quotients, phases = range(0, 2 * rank, 2), range(1, 2 * rank, 2)
+    taps = taps.transpose(*quotients, 2 * rank, *phases, 2 * rank + 1, 2 * rank + 2)
+    return taps.reshape(*taps.shape[: rank + 1], -1, taps.shape[-1])
+
+
+def _blocks(kernel: np.ndarray, geometry: Geometry) -> np.ndarray:
+    """Kernel as `(*window, blocks, inputs, outputs)`; a transposed one as that of its adjoint."""
+    if geometry.depthwise:
+        return kernel[..., :, None, :]
+    split = kernel.reshape(*kernel.shape[:-1], geometry.groups, -1)
+    return np.moveaxis(split, -2, -3)
+
+
+def kernel_spectrum(layer: keras.layers.Layer, name: str) -> Spectrum:
+    """Spectrum of the operator of one kernel of a layer.
+
+    Args:
+        layer: a built Dense or convolution layer.
+        name: of the weight, a key of `kernel_geometries(layer)`.
+
+    Example:
+
+    >>> layer = keras.layers.Dense(2, kernel_initializer="ones")
+    >>> layer.build((None, 2))
+    >>> round(kernel_spectrum(layer, "kernel").bound, 6)
+    2.0
+    """
+    geometry = kernel_geometries(layer)[name]
+    blocks = _blocks(host(getattr(layer, name)), geometry)
+    window = blocks.shape[:-3]
+    if math.prod(window) == 1:
+        return matrix_spectrum(blocks)
+    patches = np.moveaxis(blocks, -3, 0).reshape(blocks.shape[-3], -1, blocks.shape[-1])
+    gain = math.sqrt(overlap(window, layer.strides, layer.dilation_rate))
+    by_patches = gain * matrix_spectrum(patches).bound
+    if max(layer.strides) > 1 and max(layer.dilation_rate) > 1:  # such a convolution has no polyphase form
+        return Spectrum(0.0, 0.0, by_patches)
+    spectrum = convolution_spectrum(blocks, layer.strides)
+    return dataclasses.replace(spectrum, bound=min(spectrum.bound, by_patches))
+
+
+# ---- activations ----------------------------------------------------------------------------------------
+
+_a = keras.activations
+#: The largest slope of every continuous activation function of Keras (default arguments).
+ACTIVATION_BOUNDS: dict[Any, float] = {
+    _a.linear: 1.0,
+    _a.relu: 1.0,
+    _a.relu6: 1.0,
+    _a.leaky_relu: 1.0,
+    _a.elu: 1.0,
+    _a.celu: 1.0,
+    _a.tanh: 1.0,
+    _a.hard_tanh: 1.0,
+    _a.softplus: 1.0,
+    _a.softsign: 1.0,
+    _a.soft_shrink: 1.0,
+    _a.tanh_shrink: 1.0,
+    _a.squareplus: 1.0,
+    _a.sparse_plus: 1.0,
+    _a.log_sigmoid: 1.0,
+    _a.softmax: 0.5,
+    _a.sparse_sigmoid: 0.5,
+    _a.sigmoid: 0.25,
+    _a.hard_sigmoid: 1 / 6,
+    _a.silu: 1.0998393194,
+    _a.mish: 1.0885,
+    _a.gelu: 1.1289100,
+    _a.selu: 1.7580994,
+    _a.hard_silu: 1.5,
+}
+
+
+def activation_bound(activation) -> float:
+    """Lipschitz constant of an activation: a function of `keras.activations`, `None`, or a layer.
+
+    Raises:
+        ValueError: for a function that is unknown or has no finite constant.
+
+    Example:
+
+    >>> activation_bound(keras.activations.relu)
+    1.0
+    """
+    if activation is None:
+        return 1.0
+    if isinstance(activation, keras.layers.Layer):
+        return lipschitz_bound(activation)
+    try:
+        return ACTIVATION_BOUNDS[activation]
+    except (KeyError, TypeError):
+        raise ValueError(
+            "Expected an activation with a known Lipschitz constant; add yours with "
+            "hkr_keras.bounds.ACTIVATION_BOUNDS[function] = constant. "
+            f"Received: activation={getattr(activation, '__name__', activation)}"
+        ) from None
+
+
+# ---- layers with one input ------------------------------------------------------------------------------
+
+
+@functools.singledispatch
+def layer_bound(layer) -> float:
+    """Upper bound on the Lipschitz constant of a built layer. Register your own classes here.
+
+    Raises:
+        ValueError: for a class that nothing is known about.
+
+    Example:
+
+    >>> @layer_bound.register
+    ... def _(layer: keras.layers.Masking):
+    ...     return 1.0
+    """
+    raise ValueError(
+        "Expected a layer with a known Lipschitz bound. Tell us one with\n"
+        f"    @hkr_keras.bounds.layer_bound.register({type(layer).__name__})\n"
+        "    def _(layer): return ...  # an upper bound, as a float\n"
+        f"Received: layer={type(layer).__name__} '{getattr(layer, 'name', '')}'"
+    )
+
+
+def _register(bound: Callable[[Any], float], *classes: type) -> None:
+    for cls in classes:
+        layer_bound.register(cls, bound)
+
+
+_k = keras.layers
+
+_register(
+    lambda layer: 1.0,
+    _k.InputLayer,
+    _k.Identity,
+    _k.Flatten,
+    _k.Reshape,
+    _k.Permute,
+    _k.Dropout,
+    _k.SpatialDropout1D,
+    _k.SpatialDropout2D,
+    _k.SpatialDropout3D,
+    _k.AlphaDropout,
+    _k.GaussianDropout,
+    _k.GaussianNoise,
+    _k.ActivityRegularization,
+    _k.ZeroPadding1D,
+    _k.ZeroPadding2D,
+    _k.ZeroPadding3D,
+    _k.Cropping1D,
+    _k.Cropping2D,
+    _k.Cropping3D,
+    _k.GlobalMaxPooling1D,
+    _k.GlobalMaxPooling2D,
+    _k.GlobalMaxPooling3D,
+    _k.GlobalAveragePooling1D,  # 1 / sqrt(cells), for an unknown number of cells
+    _k.GlobalAveragePooling2D,
+    _k.GlobalAveragePooling3D,
+    hkr_layers.GroupSort,
+    hkr_layers.MaxMin,
+    hkr_layers.FullSort,
+    hkr_layers.Householder,
+    hkr_layers.ScaledAveragePooling1D,
+    hkr_layers.ScaledAveragePooling2D,
+    hkr_layers.ScaledGlobalAveragePooling1D,
+    hkr_layers.ScaledGlobalAveragePooling2D,
+    hkr_layers.L2NormPooling1D,
+    hkr_layers.L2NormPooling2D,
+    hkr_layers.GlobalL2NormPooling1D,
+    hkr_layers.GlobalL2NormPooling2D,
+    hkr_layers.InvertibleDownsampling2D,
+    hkr_layers.InvertibleUpsampling2D,
+    hkr_layers.LayerCentering,
+    hkr_layers.BatchCentering,
+)
+_register(lambda layer: abs(layer.k), hkr_layers.Scale)
+
+
+def _kernel_layer(layer) -> float:
+    if getattr(layer, "quantization_mode", None):
+        raise ValueError(
+            "Expected floating point kernels, since the stored weights of a quantized layer are not the ones it "
+            f"computes with. Received: {layer.name}.quantization_mode={layer.quantization_mode}"
+        )
+    bounds = [kernel_spectrum(layer, name).bound for name in kernel_geometries(layer)]
+    return math.prod(bounds) * activation_bound(layer.activation)
+
+
+_register(
+    _kernel_layer,
+    _k.Dense,
+    _k.Conv1D,
+    _k.Conv2D,
+    _k.Conv3D,
+    _k.Conv1DTranspose,
+    _k.Conv2DTranspose,
+    _k.Conv3DTranspose,
+    _k.DepthwiseConv1D,
+    _k.DepthwiseConv2D,
+    _k.SeparableConv1D,
+    _k.SeparableConv2D,
+)
+
+_register(lambda layer: activation_bound(layer.activation), _k.Activation)
+_register(lambda layer: 1.0, _k.Softmax)
+_register(lambda layer: max(1.0, abs(layer.negative_slope)), _k.LeakyReLU)
+_register(lambda layer: max(1.0, abs(layer.alpha)), _k.ELU)
+_register(lambda layer: max(1.0, float(np.abs(host(layer.alpha)).max())), _k.PReLU)
+
+
+@layer_bound.register
+def _(layer: keras.layers.ReLU) -> float:
+    if layer.threshold:
+        raise ValueError(
+            "Expected a continuous activation: a ReLU with a threshold jumps there. "
+            f"Received: {layer.name}.threshold={layer.threshold}"
+        )
+    return max(1.0, abs(layer.negative_slope or 0.0))
+
+
+def _pool_overlap(layer) -> int:
+    return overlap(layer.pool_size, layer.strides, (1,) * len(layer.pool_size))
+
+
+_register(lambda layer: math.sqrt(_pool_overlap(layer)), _k.MaxPooling1D, _k.MaxPooling2D, _k.MaxPooling3D)
+
+
+def _average_pooling(layer) -> float:
+    # With padding="same" Keras divides by the cells inside the image, which may be a single one.
+    cells = math.prod(layer.pool_size) if layer.padding == "valid" else 1
+    return math.sqrt(_pool_overlap(layer) / cells)
+
+
+_register(_average_pooling, _k.AveragePooling1D, _k.AveragePooling2D, _k.AveragePooling3D)
+
+_register(lambda layer: float(np.abs(np.asarray(layer.scale, dtype=np.float64)).max()), _k.Rescaling)
+_register(lambda layer: math.sqrt(layer.n), _k.RepeatVector)
+_register(lambda layer: lipschitz_bound(layer.layer), _k.TimeDistributed)
+
+
+@layer_bound.register
+def _(layer: keras.layers.BatchNormalization) -> float:
+    gain = host(layer.gamma) if layer.scale else np.ones(1)
+    return float((np.abs(gain) / np.sqrt(host(layer.moving_variance) + layer.epsilon)).max()) * (1 + 8 * _EPSILON)
+
+
+# ---- layers with several inputs -------------------------------------------------------------------------
+
+
+@functools.singledispatch
+def merge_bound(layer, constants: np.ndarray) -> np.ndarray:
+    """Constants of the output of a layer with several inputs, from the constants of these inputs.
+
+    Args:
+        layer: the merging layer; its inputs have equal shapes (but for `Concatenate`).
+        constants: `(inputs of the layer, inputs of the model)`.
+
+    Returns:
+        Array `(inputs of the model,)`: how far the output moves at most for each unit that one input of the
+        model moves.
+
+    Raises:
+        ValueError: for a class that nothing is known about.
+    """
+    raise ValueError(
+        "Expected a merging layer with a known Lipschitz bound (Add, Subtract, Average, Concatenate, Maximum, "
+        "Minimum, LipschitzResidual), or one registered with @hkr_keras.bounds.merge_bound.register. "
+        f"Received: layer={type(layer).__name__} '{getattr(layer, 'name', '')}'"
+    )
+
+
+def _root_sum_squares(layer, constants):
+    return np.sqrt(np.sum(constants**2, axis=0))
+
+
+merge_bound.register(keras.layers.Add, lambda layer, constants: constants.sum(axis=0))
+merge_bound.register(keras.layers.Subtract, lambda layer, constants: constants.sum(axis=0))
+merge_bound.register(keras.layers.Average, lambda layer, constants: constants.mean(axis=0))
+merge_bound.register(keras.layers.Concatenate, _root_sum_squares)
+merge_bound.register(keras.layers.Maximum, _root_sum_squares)
+merge_bound.register(keras.layers.Minimum, _root_sum_squares)
+
+
+@merge_bound.register
+def _(layer: hkr_layers.LipschitzResidual, constants):
+    logits = host(layer.mixing_logits)
+    weights = np.exp(logits - logits.max())
+    return (weights / weights.sum()) @ constants
+
+
+# ---- models ---------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Flow:
+    """What is known of one tensor of a model.
+
+    Args:
+        constants: `(inputs of the model,)`, how far it moves at most per unit that each input moves.
+        head: `(W, constants before W)` when the tensor is `x W + b` of another one, else `None`.
+    """
+
+    constants: np.ndarray
+    head: tuple[np.ndarray, np.ndarray] | None = None
+
+    @property
+    def constant(self) -> float:
+        """The constant with respect to all inputs together (Cauchy-Schwarz)."""
+        return float(np.linalg.norm(self.constants)) * (1 + 8 * _EPSILON)
+
+
+_HARMLESS = {
+    *("__init__", "build", "add_weight", "get_config", "from_config", "compute_output_shape", "compute_output_spec"),
+    *("enable_lora", "quantize"),
+}
+
+
+def _check_not_overridden(layer, registry) -> None:
+    """Refuses a subclass that changes what a registered class computes: its bound would be somebody else's."""
+    mro = type(layer).__mro__
+    known = next((cls for cls in mro if cls in registry), object)
+    if known is object:
+        return
+    changed = {
+        name
+        for cls in mro[: mro.index(known)]
+        for name, value in vars(cls).items()
+        if hasattr(known, name) and not name.startswith("__") and name not in _HARMLESS and callable(value)
+    }
+    changed |= {"__call__"} & {name for cls in mro[: mro.index(known)] for name in vars(cls)}
+    changed |= {"call"} & set(vars(layer))
+    if changed:
+        raise ValueError(
+            f"Expected a subclass of {known.__name__} that computes the same function; a bound for it must be "
+            f"registered with @hkr_keras.bounds.layer_bound.register({type(layer).__name__}). "
+            f"Received: {type(layer).__name__} '{layer.name}', which overrides {', '.join(sorted(changed))}"
+        )
+
+
+Visit = Callable[[Any, list[Flow], Flow], None]
+
+
+def flow_through(layer, flows: list[Flow], shapes: list | None = None, visit: Visit | None = None) -> list[Flow]:
+    """The flows of the outputs of a layer or model, from those of its inputs.
+
+    Args:
+        layer: a built layer, Sequential or functional model.
+        flows: one per input.
+        shapes: of the inputs, when known.
+        visit: called with `(layer, input flows, output flow)` after every layer.
+    """
+    if isinstance(layer, keras.Sequential):
+        _check_is_plain_model(layer, keras.Sequential)
+        for inner in layer.layers:
+            flows = flow_through(inner, flows, visit=visit)
+        return flows
+    if isinstance(layer, keras.Model):
+        return _flow_through_graph(layer, flows, visit)
+    if len(flows) == 1:
+        output = _flow_through_layer(layer, flows[0])
+    else:
+        _check_not_overridden(layer, merge_bound.registry)
+        inner_shapes = {tuple(shape[1:]) for shape in shapes or []}
+        if len(inner_shapes) != 1 and not isinstance(layer, keras.layers.Concatenate):
+            raise ValueError(
+                f"Expected the inputs of {type(layer).__name__} '{layer.name}' to have equal shapes, since "
+                f"broadcasting enlarges norms. Received: shapes={shapes}"
+            )
+        output = Flow(merge_bound(layer, np.stack([flow.constants for flow in flows])) * (1 + 8 * _EPSILON))
+    if visit is not None:
+        visit(layer, flows, output)
+    return [output]
+
+
+def _flow_through_layer(layer, flow: Flow) -> Flow:
+    bound = lipschitz_bound(layer)
+    constants = flow.constants * bound * (1 + 2 * _EPSILON)
+    if bound > 0:  # a product of tiny constants must not underflow to 0
+        constants = np.where(flow.constants > 0, np.maximum(constants, np.finfo(np.float64).tiny), 0.0)
+    output = Flow(constants)
+    if isinstance(layer, keras.layers.Dense) and layer.activation is keras.activations.linear:
+        return dataclasses.replace(output, head=(host(layer.kernel), flow.constants))
+    if isinstance(layer, (keras.layers.Dropout, keras.layers.Identity)):
+        return dataclasses.replace(output, head=flow.head)
+    if isinstance(layer, hkr_layers.Scale) and flow.head is not None:
+        return dataclasses.replace(output, head=(flow.head[0] * layer.k, flow.head[1]))
+    return output
+
+
+def _check_is_plain_model(model, cls) -> None:
+    if type(model).call is not cls.call or "call" in vars(model):
+        layer_bound.dispatch(object)(model)
+
+
+def _flow_through_graph(model, flows: list[Flow], visit: Visit | None) -> list[Flow]:
+    functional = next((cls for cls in type(model).__mro__ if cls.__name__ == "Functional"), None)
+    if functional is None:  # a subclassed model: its graph is not known
+        return [_flow_through_layer(model, *flows)] if type(model) in layer_bound.registry else layer_bound.dispatch(object)(model)
+    _check_is_plain_model(model, functional)
+    known = {id(tensor): flow for tensor, flow in zip(model.inputs, flows, strict=True)}
+    for depth in sorted(model._nodes_by_depth, reverse=True):
+        for node in model._nodes_by_depth[depth]:
+            if node.is_input or not all(id(tensor) in known for tensor in node.input_tensors):
+                continue
+            layer, tensors = node.operation, node.input_tensors
+            if not isinstance(layer, keras.layers.Layer):
+                raise ValueError(
+                    "Expected a model made of layers: use keras.layers.Add() and the like in place of operators "
+                    f"and keras.ops. Received: operation={type(layer).__name__} '{layer.name}'"
+                )
+            arguments = [*node.arguments.args[1:], node.arguments.kwargs.get("training")]
+            if any(argument is True for argument in arguments):
+                raise ValueError(
+                    "Expected every layer to run in inference mode. "
+                    f"Received: {layer.name}(..., training=True) in model '{model.name}'"
+                )
+            outputs = flow_through(layer, [known[id(t)] for t in tensors], [t.shape for t in tensors], visit)
+            known.update((id(tensor), flow) for tensor, flow in zip(node.outputs, outputs, strict=True))
+    return [known[id(tensor)] for tensor in model.outputs]
+
+
+def model_flows(model, visit: Visit | None = None) -> list[Flow]:
+    """The flows of the outputs of a model with respect to its inputs.
+
+    Raises:
+        ValueError: for a model that is not built, or holds a layer without a known bound.
+    """
+    if not model.built:
+        raise ValueError(
+            "Expected a built model: give it an Input, or call it once. "
+            f"Received: {type(model).__name__} '{model.name}', built=False"
+        )
+    inputs = len(model.inputs) if isinstance(model, keras.Model) and getattr(model, "inputs", None) else 1
+    return flow_through(model, [Flow(row) for row in np.eye(inputs)], visit=visit)
+
+
+def lipschitz_bound(model) -> float:
+    """A proven upper bound on the Lipschitz constant of a model or layer, from L2 norm to L2 norm.
+
+    Computed in float64 on the host from the stored weights, whatever constraint they carry: at inference, in
+    exact arithmetic, `|f(x) - f(z)| <= bound * |x - z|`. Several inputs count as one long vector, and so do
+    several outputs.
+
+    Args:
+        model: a built Sequential or functional model, nested or not, or a layer.
+
+    Returns:
+        The bound, a Python float; never an estimate.
+
+    Raises:
+        ValueError: for NaN or infinite weights, a model that is not built, a layer without a known bound.
+
+    Example:
+
+    >>> import keras, hkr_keras as hkr
+    >>> model = keras.Sequential([keras.Input((4,)), hkr.layers.LipschitzDense(2), hkr.layers.Scale(3.0)])
+    >>> bool(abs(hkr.lipschitz_bound(model) - 3) < 1e-5)
+    True
+
+    Reference:
+        Gouk et al., Machine Learning 110 (2021), for the composition of bounds.
+    """
+    if isinstance(model, keras.Model):
+        outputs = model_flows(model)
+        return float(np.linalg.norm([output.constant for output in outputs])) * (1 + 8 * _EPSILON)
+    _check_not_overridden(model, layer_bound.registry)
+    if not getattr(model, "built", True) and kernel_geometries(model):
+        model_flows(model)
+    return float(layer_bound(model))
+
+
+# ---- summary --------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class SummaryRow:
+    """One layer of a summary; singular values are `None` for layers without a kernel."""
+
+    layer: str
+    kind: str
+    sigma_min: float | None
+    sigma_max: float | None
+    bound: float | None
+    product: float
+
+
+@dataclasses.dataclass(frozen=True)
+class LipschitzSummary:
+    """What `lipschitz_summary` found: `rows` in the order of computation, and the `bound` of the model."""
+
+    model: str
+    bound: float
+    rows: tuple[SummaryRow, ...]
+
+    def to_dict(self) -> dict:
+        """Plain Python values."""
+        return dataclasses.asdict(self)
+
+    def to_json(self) -> str:
+        """The same, as JSON."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def __str__(self) -> str:
+        table = rich.table.Table(title=f"Lipschitz bounds of {self.model}", box=rich.box.SIMPLE_HEAD)
+        for column in ("layer", "kind"):
+            table.add_column(column)
+        for column in ("sigma_min", "sigma_max", "bound", "product"):
+            table.add_column(column, justify="right")
+        for row in self.rows:
+            numbers = (row.sigma_min, row.sigma_max, row.bound, row.product)
+            table.add_row(row.layer, row.kind, *("" if number is None else f"{number:.6g}" for number in numbers))
+        table.add_section()
+        table.add_row("model", "", "", "", "", f"{self.bound:.6g}")
+        console = rich.console.Console(width=100, no_color=True)
+        with console.capture() as capture:
+            console.print(table)
+        return capture.get()
+
+
+def _spectra(layer) -> Iterator[Spectrum]:
+    for name in kernel_geometries(layer):
+        yield kernel_spectrum(layer, name)
+
+
+def lipschitz_summary(model, print_fn: Callable[[str], Any] | None = print) -> LipschitzSummary:
+    """Prints a table of the bound of every layer and of the model, and returns it.
+
+    Columns: smallest and largest singular value found (of layers with a kernel), the proven upper bound of the
+    layer, and the product: the bound from the input of the model to the output of the layer. The model is not
+    changed.
+
+    Args:
+        model: a built Sequential or functional model.
+        print_fn: takes the text; `None` prints nothing.
+
+    Returns:
+        A `LipschitzSummary` with `rows`, `bound`, `to_dict()` and `to_json()`.
+
+    Raises:
+        ValueError: as `lipschitz_bound`.
+
+    Example:
+
+    >>> import keras, hkr_keras as hkr
+    >>> model = keras.Sequential([keras.Input((4,)), hkr.layers.LipschitzDense(2, name="head")])
+    >>> summary = hkr.lipschitz_summary(model, print_fn=None)
+    >>> [row.layer for row in summary.rows]
+    ['head']
+    """
+    rows = []
+
+    def visit(layer, inputs, output):
+        spectra = list(_spectra(layer))
+        rows.append(
+            SummaryRow(
+                layer=layer.name,
+                kind=type(layer).__name__,
+                sigma_min=math.prod(s.smallest for s in spectra) if spectra else None,
+                sigma_max=math.prod(s.largest for s in spectra) if spectra else None,
+                bound=lipschitz_bound(layer) if len(inputs) == 1 else None,
+                product=output.constant,
+            )
+        )
+
+    outputs = model_flows(model, visit)
+    bound = float(np.linalg.norm([output.constant for output in outputs])) * (1 + 8 * _EPSILON)
+    summary = LipschitzSummary(model.name, bound, tuple(rows))
+    if print_fn is not None:
+        print_fn(str(summary))
+    return summary

@@ -1,0 +1,176 @@
+"""Callbacks: keep kernels orthonormal from outside, and put proven numbers into the logs."""
+
+from collections.abc import Iterable
+
+import keras
+from keras import ops
+
+from hkr_keras import bounds, constraints
+from hkr_keras.certificates import certify
+from hkr_keras.geometry import kernel_geometries, model_kernels
+
+
+@keras.saving.register_keras_serializable(package="hkr_keras")
+class Orthonormalize(keras.callbacks.Callback):
+    """Re-orthonormalises kernels after each optimizer step, and to full precision at epoch and train end.
+
+    Kernels of this package's layers carry a constraint, which the optimizer applies after each step; the
+    callback polishes them, and repairs what runs behind the constraint (weight averaging, loaded weights).
+    Kernels of plain Keras Dense and convolution layers carry none: the callback projects them itself, with the
+    same geometry, so a plain model becomes 1-Lipschitz layer by layer. Frozen plain layers are left alone.
+
+    Args:
+        every: when to project the kernels of plain layers: `"batch"` (after each optimizer step), an integer n
+            (after every n batches), `"epoch"` or `"train_end"`. Between two projections such kernels are off
+            the constraint set; `lipschitz_bound` tells by how much.
+
+    Raises:
+        ValueError: for another value of `every`; when training begins, for plain kernels under
+            `every="batch"` with `steps_per_execution > 1` (a callback runs once for several steps), and for
+            plain kernels that carry a constraint of another library.
+
+    Example:
+
+    >>> import keras, numpy as np, hkr_keras as hkr
+    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3), keras.layers.Dense(1)])
+    >>> model.compile("adam", hkr.losses.HKR())
+    >>> x, y = np.random.default_rng(0).normal(size=(32, 4)), np.arange(32) % 2
+    >>> history = model.fit(x, y, verbose=0, callbacks=[hkr.callbacks.Orthonormalize()])
+    >>> bool(hkr.lipschitz_bound(model) < 1 + 1e-5)
+    True
+
+    Reference:
+        Björck and Bowie 1971; Serrurier et al., CVPR 2021 (arXiv 2006.06520), section 4.
+    """
+
+    def __init__(self, every: str | int = "batch"):
+        super().__init__()
+        is_number = isinstance(every, int) and not isinstance(every, bool) and every >= 1
+        if not is_number and every not in ("batch", "epoch", "train_end"):
+            raise ValueError(f"Expected 'batch', 'epoch', 'train_end' or an integer of at least 1. Received: every={every}")
+        self.every = every
+        self._period = every if isinstance(every, int) else {"batch": 1}.get(every)
+        self._batches = 0
+        self._has_plain_kernels = False
+
+    def get_config(self) -> dict:
+        return {"every": self.every}
+
+    def on_train_begin(self, logs=None):
+        plain = [layer for layer, kernel, _ in _targets(self.model) if kernel.constraint is None]
+        self._has_plain_kernels = bool(plain)
+        self._batches = 0
+        if plain and self._period and self.model.steps_per_execution > 1:
+            raise ValueError(
+                "Expected steps_per_execution=1: with more, a callback runs once for several optimizer steps. "
+                "Use hkr_keras layers, whose constraint runs in every step, or every='epoch'. "
+                f"Received: steps_per_execution={self.model.steps_per_execution}, every={self.every!r} and layers "
+                f"without a constraint: {', '.join(layer.name for layer in plain)}"
+            )
+        self._project(polish=True)
+
+    def on_train_batch_end(self, batch, logs=None):
+        self._batches += 1
+        if self._has_plain_kernels and self._period and self._batches % self._period == 0:
+            self._project(plain_only=True)
+
+    def on_epoch_end(self, epoch, logs=None):
+        if self.every != "train_end":
+            self._project(polish=True)
+
+    def on_test_begin(self, logs=None):
+        if self._uses_averages():  # SwapEMAWeights has just put unprojected averages in place
+            self._project(polish=True)
+
+    def on_train_end(self, logs=None):
+        self._project(polish=True)
+
+    def _uses_averages(self) -> bool:
+        optimizer = getattr(self._model, "optimizer", None)
+        optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+        return bool(getattr(optimizer, "use_ema", False))
+
+    def _project(self, polish: bool = False, plain_only: bool = False):
+        for _, kernel, geometry in _targets(self.model):  # on JAX, self.model brings the values back first
+            constraint = kernel.constraint or constraints.Orthonormal().bind(geometry)
+            if not plain_only or kernel.constraint is None:
+                value = ops.stop_gradient(ops.convert_to_tensor(kernel))
+                kernel.assign(constraint.polish(value) if polish else constraint.project(value))
+
+
+def _targets(model):
+    """The kernels to project: those with a constraint of ours, and those of trainable plain layers."""
+    for layer, kernel, geometry in model_kernels(model):
+        if kernel.constraint is None and not layer.trainable:
+            continue
+        if kernel.constraint is not None:
+            constraints.get(kernel.constraint)
+        yield layer, kernel, geometry
+
+
+class LipschitzMonitor(keras.callbacks.Callback):
+    """Puts the proven bound and the extreme singular values of all kernels into `logs` after each epoch.
+
+    Keys: `lipschitz_bound` (of the model), `sigma_min` and `sigma_max` (over all kernels), so that every logger
+    of Keras sees them. List it before the loggers.
+
+    Example:
+
+    >>> import keras, numpy as np, hkr_keras as hkr
+    >>> model = keras.Sequential([keras.Input((4,)), hkr.layers.LipschitzDense(1)])
+    >>> model.compile("adam", hkr.losses.HKR())
+    >>> history = model.fit(np.ones((8, 4)), np.arange(8) % 2, verbose=0, callbacks=[hkr.callbacks.LipschitzMonitor()])
+    >>> sorted(history.history)
+    ['lipschitz_bound', 'loss', 'sigma_max', 'sigma_min']
+    """
+
+    def on_epoch_end(self, epoch, logs=None):
+        if logs is None:
+            return
+        model = self.model
+        logs["lipschitz_bound"] = bounds.lipschitz_bound(model)
+        spectra = [
+            bounds.kernel_spectrum(layer, name)
+            for layer in model._flatten_layers()
+            for name in kernel_geometries(layer)
+        ]
+        if spectra:
+            logs["sigma_min"] = min(spectrum.smallest for spectrum in spectra)
+            logs["sigma_max"] = max(spectrum.largest for spectrum in spectra)
+
+
+class CertifiedEvaluation(keras.callbacks.Callback):
+    """Certifies a data set after each epoch, with the real last layer, and puts the numbers into `logs`.
+
+    Keys: `clean_accuracy`, `certified_accuracy_0.25` (one per epsilon), `mean_certified_radius` and
+    `lipschitz_bound`. Unlike the metrics these are proven, not promised.
+
+    Args:
+        x, y: inputs and labels, as for `certify` and `Certificate.accuracy`.
+        epsilons: L2 distances in input units.
+        batch_size: inputs per batch.
+
+    Example:
+
+    >>> import keras, numpy as np, hkr_keras as hkr
+    >>> model = keras.Sequential([keras.Input((4,)), hkr.layers.LipschitzDense(1)])
+    >>> model.compile("adam", hkr.losses.HKR())
+    >>> x, y = np.ones((8, 4)), np.arange(8) % 2
+    >>> history = model.fit(x, y, verbose=0, callbacks=[hkr.callbacks.CertifiedEvaluation(x, y, [0.25])])
+    >>> "certified_accuracy_0.25" in history.history
+    True
+    """
+
+    def __init__(self, x, y, epsilons: Iterable[float], batch_size: int = 128):
+        super().__init__()
+        self.x, self.y, self.epsilons, self.batch_size = x, y, tuple(epsilons), batch_size
+
+    def on_epoch_end(self, epoch, logs=None):
+        if logs is None:
+            return
+        certificate = certify(self.model, self.x, batch_size=self.batch_size, verbose=0)
+        logs["clean_accuracy"] = certificate.accuracy(self.y)
+        for epsilon in self.epsilons:
+            logs[f"certified_accuracy_{epsilon:g}"] = certificate.accuracy(self.y, epsilon)
+        logs["mean_certified_radius"] = certificate.mean_radius(self.y)
+        logs["lipschitz_bound"] = certificate.bound

@@ -1,0 +1,177 @@
+"""Constraint sets for kernels: `linalg` (what to do to a matrix) joined to `geometry` (where the matrix is)."""
+
+import dataclasses
+from typing import Any
+
+import keras
+from keras import ops
+
+from hkr_keras import linalg
+from hkr_keras._registry import export
+from hkr_keras.geometry import Geometry
+
+Tensor = Any
+
+_MAX_POLISHING_STEPS = 60
+_POLISHED = 1e-6  # |W^T W - I|_F at which float32 has nothing left to gain
+
+
+class LipschitzConstraint(keras.constraints.Constraint):
+    """Base of the constraints that keep a layer 1-Lipschitz.
+
+    A layer of this package binds the constraint it is given to the geometry of its kernel. On a plain Keras
+    layer, an unbound constraint works for `Dense` (whose kernel is a matrix as it stands) and is refused for
+    any other kernel.
+
+    Args:
+        geometry: `Geometry` of the kernel, or its config. Users leave it out.
+    """
+
+    def __init__(self, geometry: Geometry | dict | None = None):
+        self.geometry = Geometry(**geometry) if isinstance(geometry, dict) else geometry
+
+    def bind(self, geometry: Geometry) -> "LipschitzConstraint":
+        """The same constraint for a kernel of that geometry."""
+        return type(self).from_config({**self.get_config(), "geometry": geometry})
+
+    def get_config(self) -> dict:
+        return {"geometry": None if self.geometry is None else dataclasses.asdict(self.geometry)}
+
+    def __call__(self, w: Tensor) -> Tensor:
+        return self.project(w)
+
+    def project(self, kernel: Tensor) -> Tensor:
+        """One cheap projection, as after every optimizer step."""
+        return self._on_matrices(self._project, kernel)
+
+    def polish(self, kernel: Tensor) -> Tensor:
+        """The projection to full precision. For eager use: it iterates on the host until nothing changes."""
+        return self.project(kernel)
+
+    def start(self, kernel: Tensor) -> Tensor:
+        """A point of the constraint set made from freshly initialised weights."""
+        return self.project(kernel)
+
+    def after(self, initializer):
+        """An initializer that starts on the constraint set."""
+        initializer = keras.initializers.get(initializer or "glorot_uniform")
+        return lambda shape, dtype=None, **kwargs: self.start(initializer(shape, dtype=dtype, **kwargs))
+
+    def _project(self, matrices: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _geometry_of(self, kernel: Tensor) -> Geometry:
+        if self.geometry is None and len(kernel.shape) != 2:
+            raise ValueError(
+                f"Expected {type(self).__name__} on a Lipschitz layer, which tells it the geometry of the "
+                "kernel, or on the kernel of a Dense layer. On other layers use their Lipschitz counterpart "
+                f"or the Orthonormalize callback. Received: kernel.shape={tuple(kernel.shape)}"
+            )
+        return self.geometry or Geometry()
+
+    def _on_matrices(self, function, kernel: Tensor) -> Tensor:
+        geometry = self._geometry_of(kernel)
+        kernel = ops.convert_to_tensor(kernel)
+        matrices = geometry.to_matrices(kernel)
+        if geometry.gain == 1.0:
+            return geometry.from_matrices(function(matrices), kernel.shape)
+        return geometry.from_matrices(function(matrices * geometry.gain), kernel.shape) / geometry.gain
+
+
+@export
+class Orthonormal(LipschitzConstraint):
+    """All singular values of every block are 1: the layer keeps norms and gradients. The default.
+
+    After each optimizer step one guarded Newton-Schulz iteration moves the kernel back; the norm is at most 1
+    after every step, whatever its size.
+
+    Example:
+
+    >>> import hkr_keras as hkr
+    >>> layer = hkr.layers.LipschitzDense(4, kernel_constraint=hkr.constraints.Orthonormal())
+
+    Reference:
+        Björck and Bowie 1971; Anil et al., ICML 2019 (arXiv 1811.05381).
+    """
+
+    def _project(self, matrices):
+        return linalg.newton_schulz(matrices)
+
+    def start(self, kernel):
+        return self._on_matrices(linalg.orthonormal_basis, kernel)
+
+    def polish(self, kernel):
+        return self._on_matrices(_newton_schulz_to_precision, kernel)
+
+
+@export
+class SpectralBall(LipschitzConstraint):
+    """All singular values are at most 1, and none is pulled up.
+
+    Example:
+
+    >>> import hkr_keras as hkr
+    >>> layer = hkr.layers.LipschitzDense(4, kernel_constraint=hkr.constraints.SpectralBall())
+
+    Reference:
+        Gouk et al., Machine Learning 110 (2021).
+    """
+
+    def _project(self, matrices):
+        return linalg.spectral_ball(matrices)
+
+
+@export
+class UnitNorm(LipschitzConstraint):
+    """Every output vector has norm 1: each output is 1-Lipschitz by itself. The usual choice for a head.
+
+    The whole map may have a norm up to the root of the number of outputs, so on a hidden layer use
+    `Orthonormal` instead.
+
+    Example:
+
+    >>> import hkr_keras as hkr
+    >>> head = hkr.layers.LipschitzDense(10, kernel_constraint=hkr.constraints.UnitNorm())
+
+    Reference:
+        Serrurier et al., CVPR 2021 (arXiv 2006.06520), section 4.
+    """
+
+    def project(self, kernel):
+        axes = self._geometry_of(kernel).output_vector_axes(len(kernel.shape))
+        return linalg.unit_norm(ops.convert_to_tensor(kernel), axis=axes)
+
+
+def _newton_schulz_to_precision(matrices: Tensor) -> Tensor:
+    rows, columns = matrices.shape[-2:]
+    w = matrices
+    for _ in range(_MAX_POLISHING_STEPS if min(rows, columns) > 1 else 1):
+        w = linalg.newton_schulz(w)
+        a = ops.convert_to_numpy(w)
+        gram = a @ a.swapaxes(-1, -2) if rows < columns else a.swapaxes(-1, -2) @ a
+        deviation = abs(gram - keras.ops.convert_to_numpy(ops.eye(min(rows, columns)))).max()
+        if not deviation > _POLISHED:
+            break
+    return w
+
+
+def get(constraint) -> LipschitzConstraint:
+    """The constraint of a kernel: `Orthonormal()` for `None`, otherwise one of this package's own.
+
+    Raises:
+        ValueError: for a constraint that would break the guarantee.
+
+    Example:
+
+    >>> type(get(None)).__name__
+    'Orthonormal'
+    """
+    if constraint is None:
+        return Orthonormal()
+    if not isinstance(constraint, LipschitzConstraint):
+        raise ValueError(
+            "Expected the constraint of a Lipschitz layer's kernel to be hkr_keras.constraints.Orthonormal(), "
+            "SpectralBall() or UnitNorm(), since another one would break the guarantee. "
+            f"Received: constraint={constraint}"
+        )
+    return constraint

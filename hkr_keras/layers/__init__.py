@@ -1,0 +1,64 @@
+"""Layers with a Lipschitz constant of at most 1."""
+
+from hkr_keras.layers.activations import FullSort, GroupSort, Householder, MaxMin
+from hkr_keras.layers.base import LipschitzLayer
+from hkr_keras.layers.kernels import (
+    LipschitzConv1D,
+    LipschitzConv1DTranspose,
+    LipschitzConv2D,
+    LipschitzConv2DTranspose,
+    LipschitzConv3D,
+    LipschitzConv3DTranspose,
+    LipschitzDense,
+    LipschitzDepthwiseConv1D,
+    LipschitzDepthwiseConv2D,
+    LipschitzSeparableConv1D,
+    LipschitzSeparableConv2D,
+)
+from hkr_keras.layers.merging import LipschitzResidual, Scale
+from hkr_keras.layers.normalization import BatchCentering, LayerCentering
+from hkr_keras.layers.pooling import (
+    GlobalL2NormPooling1D,
+    GlobalL2NormPooling2D,
+    InvertibleDownsampling2D,
+    InvertibleUpsampling2D,
+    L2NormPooling1D,
+    L2NormPooling2D,
+    ScaledAveragePooling1D,
+    ScaledAveragePooling2D,
+    ScaledGlobalAveragePooling1D,
+    ScaledGlobalAveragePooling2D,
+)
+
+__all__ = [
+    "BatchCentering",
+    "FullSort",
+    "GlobalL2NormPooling1D",
+    "GlobalL2NormPooling2D",
+    "GroupSort",
+    "Householder",
+    "InvertibleDownsampling2D",
+    "InvertibleUpsampling2D",
+    "L2NormPooling1D",
+    "L2NormPooling2D",
+    "LayerCentering",
+    "LipschitzConv1D",
+    "LipschitzConv1DTranspose",
+    "LipschitzConv2D",
+    "LipschitzConv2DTranspose",
+    "LipschitzConv3D",
+    "LipschitzConv3DTranspose",
+    "LipschitzDense",
+    "LipschitzDepthwiseConv1D",
+    "LipschitzDepthwiseConv2D",
+    "LipschitzLayer",
+    "LipschitzResidual",
+    "LipschitzSeparableConv1D",
+    "LipschitzSeparableConv2D",
+    "MaxMin",
+    "Scale",
+    "ScaledAveragePooling1D",
+    "ScaledAveragePooling2D",
+    "ScaledGlobalAveragePooling1D",
+    "ScaledGlobalAveragePooling2D",
+]

@@ -1,0 +1,242 @@
+"""Activations that keep the norm of the gradient: they permute or reflect channels, and never shrink."""
+
+import math
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from hkr_keras._registry import export
+
+Tensor = Any
+
+_MATRIX_CHANNELS = 64  # up to here, on a CPU, a product with a constant matrix beats moving channels around
+
+
+def group_sort(x: Tensor, n: int = 2, axis: int = -1) -> Tensor:
+    """Sorts groups of `n` neighbouring channels in ascending order.
+
+    Args:
+        x: floating point tensor; the static size of `axis` is a multiple of `n`.
+        n: channels in a group.
+        axis: the channel axis.
+
+    Returns:
+        Tensor of the same shape and dtype.
+
+    Example:
+
+    >>> ops.convert_to_numpy(group_sort(ops.array([[3.0, 1.0, 2.0, 4.0]]))).tolist()
+    [[1.0, 3.0, 2.0, 4.0]]
+
+    Reference:
+        Anil et al., ICML 2019 (arXiv 1811.05381), section 4.2.
+    """
+    axis = axis % len(x.shape)
+    channels = x.shape[axis]
+    if n == 2 and axis == len(x.shape) - 1 and channels <= _MATRIX_CHANNELS and not _on_accelerator():
+        return _sort_pairs_by_matrix(x, channels)
+    shape = tuple(ops.shape(x))
+    groups = ops.reshape(x, (*shape[:axis], channels // n, n, *shape[axis + 1 :]))
+    if n == 2:
+        first, second = ops.unstack(groups, axis=axis + 1)
+        groups = ops.stack([ops.minimum(first, second), ops.maximum(first, second)], axis=axis + 1)
+    else:
+        groups = ops.sort(groups, axis=axis + 1)
+    return ops.reshape(groups, shape)
+
+
+def _sort_pairs_by_matrix(x: Tensor, channels: int) -> Tensor:
+    identity, even = np.eye(channels, dtype="float32"), np.arange(channels) % 2 == 0
+    if keras.backend.backend() == "torch":  # eager: the form with the fewest temporary copies
+        difference = identity[:, even] - identity[:, ~even]
+        excess = ops.relu(ops.matmul(x, ops.convert_to_tensor(difference, dtype=x.dtype)))
+        return x + ops.matmul(excess, ops.convert_to_tensor(-difference.T, dtype=x.dtype))
+    partner = ops.matmul(x, ops.convert_to_tensor(identity[np.arange(channels) ^ 1], dtype=x.dtype))
+    return ops.where(even, ops.minimum(x, partner), ops.maximum(x, partner))
+
+
+def _on_accelerator() -> bool:
+    """Whether matrix products may run at reduced precision, so that they are no way to copy numbers."""
+    if keras.backend.backend() == "torch":
+        return ops.convert_to_tensor(0.0).device.type != "cpu"
+    return any(not device.startswith("cpu") for device in keras.distribution.list_devices())
+
+
+def householder(x: Tensor, angles: Tensor, axis: int = -1) -> Tensor:
+    """Reflects the pairs of channels `(i, i + channels / 2)` that lie on one side of a line through 0.
+
+    With `a, b` the pair and `t` its angle: `(a, b)` where `a sin(t/2) > b cos(t/2)`, else
+    `(a cos t + b sin t, a sin t - b cos t)`. The function is continuous and keeps norms.
+
+    Args:
+        x: floating point tensor with an even static number of channels.
+        angles: tensor `(channels / 2,)`, in radians.
+        axis: the channel axis.
+
+    Returns:
+        Tensor of the same shape and dtype.
+
+    Reference:
+        Singla, Singla and Feizi, ICLR 2022 (arXiv 2108.04062), section 4.
+    """
+    a, b = ops.split(x, 2, axis=axis)
+    shape = [1] * len(x.shape)
+    shape[axis] = -1
+    t = ops.cast(ops.reshape(angles, shape), x.dtype)
+    keep = a * ops.sin(t / 2) > b * ops.cos(t / 2)
+    reflected = ops.cos(t) * a + ops.sin(t) * b, ops.sin(t) * a - ops.cos(t) * b
+    return ops.concatenate([ops.where(keep, a, reflected[0]), ops.where(keep, b, reflected[1])], axis=axis)
+
+
+class _ChannelActivation(keras.layers.Layer):
+    """A layer that acts along one axis of known size and keeps the shape."""
+
+    group = 2
+
+    def __init__(self, axis: int = -1, **kwargs):
+        super().__init__(**kwargs)
+        self.axis = axis
+        self.supports_masking = True
+
+    def build(self, input_shape):
+        channels = input_shape[self.axis]
+        if channels is None or channels % self.group:
+            raise ValueError(
+                f"Expected {type(self).__name__} '{self.name}' to receive a number of channels that is known and "
+                f"a multiple of {self.group}. Received: input_shape={tuple(input_shape)}, axis={self.axis}"
+            )
+        self.built = True
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+    def get_config(self):
+        return {**super().get_config(), "axis": self.axis}
+
+
+@export
+class GroupSort(_ChannelActivation):
+    """Sorts groups of `n` neighbouring channels; keeps norms of inputs and gradients.
+
+    `GroupSort(2)` is the usual replacement of ReLU: networks of orthonormal layers and GroupSort can
+    approximate every 1-Lipschitz function, those with ReLU cannot.
+
+    Args:
+        n: channels in a group, at least 2. The number of channels must be a multiple of it.
+        axis: the channel axis; 1 for `channels_first` data.
+        **kwargs: of `keras.layers.Layer`.
+
+    Input and output shape: any, the same.
+
+    Raises:
+        ValueError: for a group below 2 (at once) or a number of channels that does not divide (in `build`).
+
+    Example:
+
+    >>> import numpy as np, hkr_keras as hkr
+    >>> np.asarray(keras.ops.convert_to_numpy(hkr.layers.GroupSort(2)(np.array([[3.0, 1.0, 2.0, 4.0]])))).tolist()
+    [[1.0, 3.0, 2.0, 4.0]]
+
+    Reference:
+        Anil et al., ICML 2019 (arXiv 1811.05381), section 4.2.
+    """
+
+    def __init__(self, n: int = 2, axis: int = -1, **kwargs):
+        if not isinstance(n, int) or n < 2:
+            raise ValueError(f"Expected the group size to be an integer of at least 2. Received: n={n}")
+        super().__init__(axis=axis, **kwargs)
+        self.n = self.group = n
+
+    def call(self, inputs):
+        return group_sort(inputs, self.n, self.axis)
+
+    def get_config(self):
+        return {"n": self.n, **super().get_config()}
+
+
+@export
+class MaxMin(_ChannelActivation):
+    """The larger and the smaller of the channels `i` and `i + channels / 2`, in that order.
+
+    The same function as `GroupSort(2)` up to the order of channels, in the layout of the orthogonal
+    convolution papers; often a little faster, since halves are cheap to address.
+
+    Args:
+        axis: the channel axis; 1 for `channels_first` data.
+        **kwargs: of `keras.layers.Layer`.
+
+    Input and output shape: any, the same; an even number of channels.
+
+    Example:
+
+    >>> import numpy as np, hkr_keras as hkr
+    >>> keras.ops.convert_to_numpy(hkr.layers.MaxMin()(np.array([[3.0, 1.0, 2.0, 4.0]]))).tolist()
+    [[3.0, 4.0, 2.0, 1.0]]
+
+    Reference:
+        Singla and Feizi, ICML 2021 (arXiv 2105.11417), section 5.
+    """
+
+    def call(self, inputs):
+        first, second = ops.split(inputs, 2, axis=self.axis)
+        return ops.concatenate([ops.maximum(first, second), ops.minimum(first, second)], axis=self.axis)
+
+
+@export
+class FullSort(_ChannelActivation):
+    """Sorts all channels in ascending order: `GroupSort` with one group.
+
+    Args:
+        axis: the channel axis; 1 for `channels_first` data.
+        **kwargs: of `keras.layers.Layer`.
+
+    Input and output shape: any, the same.
+
+    Example:
+
+    >>> import numpy as np, hkr_keras as hkr
+    >>> keras.ops.convert_to_numpy(hkr.layers.FullSort()(np.array([[3.0, 1.0, 2.0]]))).tolist()
+    [[1.0, 2.0, 3.0]]
+
+    Reference:
+        Anil et al., ICML 2019 (arXiv 1811.05381), section 4.2.
+    """
+
+    group = 1
+
+    def call(self, inputs):
+        return ops.sort(inputs, axis=self.axis)
+
+
+@export
+class Householder(_ChannelActivation):
+    """Trainable reflections of pairs of channels; starts as `MaxMin`.
+
+    Args:
+        axis: the channel axis; 1 for `channels_first` data.
+        **kwargs: of `keras.layers.Layer`.
+
+    Input and output shape: any, the same; an even number of channels.
+
+    Example:
+
+    >>> import numpy as np, hkr_keras as hkr
+    >>> keras.ops.convert_to_numpy(hkr.layers.Householder()(np.array([[3.0, 1.0]], "float32"))).round(5).tolist()
+    [[3.0, 1.0]]
+
+    Reference:
+        Singla, Singla and Feizi, ICLR 2022 (arXiv 2108.04062), section 4.
+    """
+
+    def build(self, input_shape):
+        super().build(input_shape)
+        self.angles = self.add_weight(
+            name="angles",
+            shape=(input_shape[self.axis] // 2,),
+            initializer=keras.initializers.Constant(math.pi / 2),
+        )
+
+    def call(self, inputs):
+        return householder(inputs, self.angles, self.axis)

@@ -1,0 +1,32 @@
+"""The one seam between this package and Keras's own layers."""
+
+from hkr_keras import constraints
+from hkr_keras.geometry import kernel_geometries
+
+
+class LipschitzLayer:
+    """Mixin, first base class: binds a constraint to every kernel that `geometry.py` knows of the layer.
+
+    The Keras layer behind it keeps its constructor, its forward pass and its config.
+    """
+
+    def add_weight(self, *args, name=None, initializer=None, constraint=None, **kwargs):
+        geometry = kernel_geometries(self).get(name)
+        if geometry is not None:
+            constraint = constraints.get(constraint).bind(geometry)
+            initializer = constraint.after(initializer)
+        return super().add_weight(*args, name=name, initializer=initializer, constraint=constraint, **kwargs)
+
+    def enable_lora(self, rank, *args, **kwargs):
+        raise ValueError(
+            f"Expected the kernel of {type(self).__name__} '{self.name}' to change through its constraint only; "
+            "LoRA adds to it behind the constraint. Fine-tune the layer itself, or convert the model to plain "
+            f"Keras layers first. Received: rank={rank}"
+        )
+
+    def quantize(self, mode=None, *args, **kwargs):
+        raise ValueError(
+            f"Expected the kernel of {type(self).__name__} '{self.name}' to stay in floating point: quantized "
+            "weights are off the constraint set and no bound here covers them. "
+            f"Received: mode={mode}"
+        )

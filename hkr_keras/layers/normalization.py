@@ -1,0 +1,121 @@
+"""Centring: the half of normalisation that has constant 1. Dividing by a standard deviation has none."""
+
+import keras
+from keras import ops
+
+from hkr_keras._registry import export
+
+
+@export
+class LayerCentering(keras.layers.Layer):
+    """Subtracts the mean over `axis`, then adds a trainable bias: an orthogonal projection.
+
+    `keras.layers.LayerNormalization` without the division, which has no finite Lipschitz constant.
+
+    Args:
+        axis: axis or axes of one mean, as in `keras.layers.LayerNormalization`.
+        center: whether to add a bias, one number for each entry along `axis`.
+        **kwargs: of `keras.layers.Layer`.
+
+    Input and output shape: any, the same.
+
+    Example:
+
+    >>> import numpy as np, hkr_keras as hkr
+    >>> keras.ops.convert_to_numpy(hkr.layers.LayerCentering()(np.array([[1.0, 3.0]], "float32"))).tolist()
+    [[-1.0, 1.0]]
+    """
+
+    def __init__(self, axis=-1, center: bool = True, **kwargs):
+        super().__init__(**kwargs)
+        self.axis = axis if isinstance(axis, int) else tuple(axis)
+        self.center = center
+        self.supports_masking = True
+
+    def build(self, input_shape):
+        axes = (self.axis,) if isinstance(self.axis, int) else self.axis
+        axes = {axis % len(input_shape) for axis in axes}
+        if self.center:
+            if 0 in axes or any(input_shape[axis] is None for axis in axes):
+                raise ValueError(
+                    f"Expected the axes of LayerCentering '{self.name}' to be of known size and not the batch, "
+                    f"or center=False. Received: axis={self.axis}, input_shape={tuple(input_shape)}"
+                )
+            shape = tuple(size if i in axes else 1 for i, size in enumerate(input_shape))[1:]
+            self.bias = self.add_weight(name="bias", shape=shape, initializer="zeros")
+        self.built = True
+
+    def call(self, inputs):
+        outputs = inputs - ops.mean(inputs, axis=self.axis, keepdims=True)
+        return outputs + ops.cast(self.bias, outputs.dtype) if self.center else outputs
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+    def get_config(self):
+        return {**super().get_config(), "axis": self.axis, "center": self.center}
+
+
+@export
+class BatchCentering(keras.layers.Layer):
+    """Subtracts the mean of the batch in training and its moving average at inference, then adds a bias.
+
+    `keras.layers.BatchNormalization` without the division. At inference it is a translation, constant 1.
+
+    Args:
+        axis: the axis that keeps its own means, usually the channels.
+        momentum: of the moving average, in [0, 1).
+        center: whether to add a trainable bias.
+        **kwargs: of `keras.layers.Layer`.
+
+    Input and output shape: any, the same.
+
+    Raises:
+        ValueError: for a momentum outside [0, 1), or an unknown size of `axis`.
+
+    Example:
+
+    >>> import numpy as np, hkr_keras as hkr
+    >>> layer = hkr.layers.BatchCentering()
+    >>> keras.ops.convert_to_numpy(layer(np.array([[1.0], [3.0]], "float32"), training=True)).tolist()
+    [[-1.0], [1.0]]
+    """
+
+    def __init__(self, axis: int = -1, momentum: float = 0.99, center: bool = True, **kwargs):
+        if not 0 <= momentum < 1:
+            raise ValueError(f"Expected momentum in [0, 1). Received: momentum={momentum}")
+        super().__init__(**kwargs)
+        self.axis = axis
+        self.momentum = momentum
+        self.center = center
+
+    def build(self, input_shape):
+        size = input_shape[self.axis]
+        if size is None:
+            raise ValueError(
+                f"Expected BatchCentering '{self.name}' to know the size of its axis. "
+                f"Received: axis={self.axis}, input_shape={tuple(input_shape)}"
+            )
+        self.moving_mean = self.add_weight(name="moving_mean", shape=(size,), initializer="zeros", trainable=False)
+        if self.center:
+            self.bias = self.add_weight(name="bias", shape=(size,), initializer="zeros")
+        self.built = True
+
+    def call(self, inputs, training=False):
+        rank = len(inputs.shape)
+        axis = self.axis % rank
+        shape = tuple(-1 if i == axis else 1 for i in range(rank))
+        mean = ops.cast(self.moving_mean, inputs.dtype)
+        if training and self.trainable:
+            mean = ops.mean(inputs, axis=tuple(i for i in range(rank) if i != axis))
+            moving = self.moving_mean * self.momentum + ops.cast(mean, self.moving_mean.dtype) * (1 - self.momentum)
+            self.moving_mean.assign(moving)
+        shift = ops.cast(self.bias, inputs.dtype) - mean if self.center else -mean
+        return inputs + ops.reshape(shift, shape)
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+    def get_config(self):
+        config = {"axis": self.axis, "momentum": self.momentum, "center": self.center}
+        return {**super().get_config(), **config}

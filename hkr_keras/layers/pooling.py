@@ -1,0 +1,309 @@
+"""Pooling with a constant of 1: windows are scaled so that nothing of the budget is wasted."""
+
+import math
+
+import keras
+from keras import ops
+
+from hkr_keras._registry import export
+from hkr_keras.geometry import overlap
+
+_TINY = 1e-24  # keeps the gradient of the root finite at 0
+
+
+def _l2_norm(reduce, inputs):
+    """The root of the reduced squares, in at least float32: half precision cannot hold the squares."""
+    dtype = keras.backend.result_type(inputs.dtype, "float32")
+    return ops.cast(ops.sqrt(ops.maximum(reduce(ops.square(ops.cast(inputs, dtype))), _TINY)), inputs.dtype)
+
+
+class _ScaledPooling:
+    """What the window layers share. Mixin before a Keras average pooling layer, which owns the constructor."""
+
+    def _overlap(self) -> int:
+        return overlap(self.pool_size, self.strides, (1,) * len(self.pool_size))
+
+    def _window_sum(self, inputs):
+        """Sums over windows, with zeros outside the input (Keras divides by the cells inside it instead)."""
+        if self.padding == "valid":
+            average = ops.average_pool(inputs, self.pool_size, self.strides, self.padding, self.data_format)
+            return average * math.prod(self.pool_size)
+        channels = inputs.shape[-1 if self.data_format == "channels_last" else 1]
+        ones = ops.ones((*self.pool_size, channels, 1), dtype=inputs.dtype)
+        return ops.depthwise_conv(inputs, ones, self.strides, self.padding, self.data_format)
+
+
+class _ScaledAverage(_ScaledPooling):
+    def call(self, inputs):
+        return self._window_sum(inputs) / math.sqrt(math.prod(self.pool_size) * self._overlap())
+
+
+class _L2Norm(_ScaledPooling):
+    def call(self, inputs):
+        return _l2_norm(self._window_sum, inputs) / math.sqrt(self._overlap())
+
+
+class _GlobalPooling:
+    """What the global layers share. Mixin before a Keras global average pooling layer."""
+
+    def _spatial_axes(self, inputs):
+        rank = len(inputs.shape)
+        return tuple(range(1, rank - 1)) if self.data_format == "channels_last" else tuple(range(2, rank))
+
+    def _sum(self, inputs, mask=None):
+        if mask is not None:
+            channel_axis = 2 if self.data_format == "channels_last" else 1
+            inputs = inputs * ops.cast(ops.expand_dims(mask, channel_axis), inputs.dtype)
+        return ops.sum(inputs, axis=self._spatial_axes(inputs), keepdims=self.keepdims)
+
+
+class _ScaledGlobalAverage(_GlobalPooling):
+    def call(self, inputs, mask=None):
+        shape = ops.shape(inputs)
+        cells = math.prod(shape[axis] for axis in self._spatial_axes(inputs))
+        return self._sum(inputs, mask) / ops.sqrt(ops.cast(cells, inputs.dtype))
+
+
+class _GlobalL2Norm(_GlobalPooling):
+    def call(self, inputs, mask=None):
+        return _l2_norm(lambda squares: self._sum(squares, mask), inputs)
+
+
+@export
+class ScaledAveragePooling1D(_ScaledAverage, keras.layers.AveragePooling1D):
+    """`keras.layers.AveragePooling1D` times the root of the window size: norm 1 instead of `1 / sqrt(size)`.
+
+    All arguments are those of the Keras layer. Overlapping windows (strides below the pool size) are divided
+    by the root of the overlap. With `padding="same"` cells outside the input count as zeros.
+
+    Input and output shapes: those of `keras.layers.AveragePooling1D`.
+
+    Example:
+
+    >>> import numpy as np, hkr_keras as hkr
+    >>> float(hkr.layers.ScaledAveragePooling1D(4)(np.ones((1, 4, 1), "float32"))[0, 0, 0])
+    2.0
+    """
+
+
+@export
+class ScaledAveragePooling2D(_ScaledAverage, keras.layers.AveragePooling2D):
+    """`keras.layers.AveragePooling2D` times the root of the window size: norm 1 instead of `1 / sqrt(size)`.
+
+    As `ScaledAveragePooling1D`, in two dimensions.
+
+    Input and output shapes: those of `keras.layers.AveragePooling2D`.
+
+    Example:
+
+    >>> import numpy as np, hkr_keras as hkr
+    >>> float(hkr.layers.ScaledAveragePooling2D(2)(np.ones((1, 2, 2, 1), "float32"))[0, 0, 0, 0])
+    2.0
+    """
+
+
+@export
+class L2NormPooling1D(_L2Norm, keras.layers.AveragePooling1D):
+    """The Euclidean norm of every window: 1-Lipschitz, and it keeps the norm of the input.
+
+    All arguments are those of `keras.layers.AveragePooling1D`. Overlapping windows are divided by the root
+    of the overlap.
+
+    Input and output shapes: those of `keras.layers.AveragePooling1D`.
+
+    Example:
+
+    >>> import numpy as np, hkr_keras as hkr
+    >>> float(hkr.layers.L2NormPooling1D(2)(np.array([[[3.0], [4.0]]], "float32"))[0, 0, 0])
+    5.0
+
+    Reference:
+        Boureau, Ponce and LeCun, ICML 2010.
+    """
+
+
+@export
+class L2NormPooling2D(_L2Norm, keras.layers.AveragePooling2D):
+    """The Euclidean norm of every window: 1-Lipschitz, and it keeps the norm of the input.
+
+    As `L2NormPooling1D`, in two dimensions.
+
+    Input and output shapes: those of `keras.layers.AveragePooling2D`.
+
+    Example:
+
+    >>> import numpy as np, hkr_keras as hkr
+    >>> float(hkr.layers.L2NormPooling2D(2)(np.ones((1, 2, 2, 1), "float32"))[0, 0, 0, 0])
+    2.0
+    """
+
+
+@export
+class ScaledGlobalAveragePooling1D(_ScaledGlobalAverage, keras.layers.GlobalAveragePooling1D):
+    """`keras.layers.GlobalAveragePooling1D` times the root of the length: norm 1.
+
+    All arguments are those of the Keras layer. Masked steps count as zeros.
+
+    Input and output shapes: those of `keras.layers.GlobalAveragePooling1D`.
+
+    Example:
+
+    >>> import numpy as np, hkr_keras as hkr
+    >>> float(hkr.layers.ScaledGlobalAveragePooling1D()(np.ones((1, 4, 1), "float32"))[0, 0])
+    2.0
+    """
+
+
+@export
+class ScaledGlobalAveragePooling2D(_ScaledGlobalAverage, keras.layers.GlobalAveragePooling2D):
+    """`keras.layers.GlobalAveragePooling2D` times the root of the number of pixels: norm 1.
+
+    All arguments are those of the Keras layer.
+
+    Input and output shapes: those of `keras.layers.GlobalAveragePooling2D`.
+
+    Example:
+
+    >>> import numpy as np, hkr_keras as hkr
+    >>> float(hkr.layers.ScaledGlobalAveragePooling2D()(np.ones((1, 2, 2, 1), "float32"))[0, 0])
+    2.0
+    """
+
+
+@export
+class GlobalL2NormPooling1D(_GlobalL2Norm, keras.layers.GlobalAveragePooling1D):
+    """The Euclidean norm of every channel over all steps: 1-Lipschitz, and it keeps the norm of the input.
+
+    All arguments are those of `keras.layers.GlobalAveragePooling1D`. Masked steps count as zeros.
+
+    Input and output shapes: those of `keras.layers.GlobalAveragePooling1D`.
+
+    Example:
+
+    >>> import numpy as np, hkr_keras as hkr
+    >>> float(hkr.layers.GlobalL2NormPooling1D()(np.array([[[3.0], [4.0]]], "float32"))[0, 0])
+    5.0
+    """
+
+
+@export
+class GlobalL2NormPooling2D(_GlobalL2Norm, keras.layers.GlobalAveragePooling2D):
+    """The Euclidean norm of every channel over all pixels: 1-Lipschitz, and it keeps the norm of the input.
+
+    All arguments are those of `keras.layers.GlobalAveragePooling2D`.
+
+    Input and output shapes: those of `keras.layers.GlobalAveragePooling2D`.
+
+    Example:
+
+    >>> import numpy as np, hkr_keras as hkr
+    >>> float(hkr.layers.GlobalL2NormPooling2D()(np.ones((1, 2, 2, 1), "float32"))[0, 0])
+    2.0
+    """
+
+
+class _Rearrangement2D(keras.layers.Layer):
+    def __init__(self, pool_size: int | tuple[int, int] = 2, data_format: str | None = None, **kwargs):
+        super().__init__(**kwargs)
+        sizes = (pool_size,) * 2 if isinstance(pool_size, int) else tuple(pool_size)
+        if len(sizes) != 2 or not all(isinstance(size, int) and size >= 1 for size in sizes):
+            raise ValueError(f"Expected one or two positive integers. Received: pool_size={pool_size}")
+        self.pool_size = sizes
+        self.data_format = data_format or keras.config.image_data_format()
+        self.input_spec = keras.layers.InputSpec(ndim=4)
+
+    def get_config(self):
+        return {**super().get_config(), "pool_size": self.pool_size, "data_format": self.data_format}
+
+    def compute_output_shape(self, input_shape):
+        last = self.data_format == "channels_last"
+        height, width, channels = input_shape[1:] if last else (*input_shape[2:], input_shape[1])
+        height, width, channels = self._output_sizes(height, width, channels)
+        return (input_shape[0], height, width, channels) if last else (input_shape[0], channels, height, width)
+
+    def call(self, inputs):
+        if self.data_format == "channels_last":
+            return self._rearrange(inputs)
+        return ops.transpose(self._rearrange(ops.transpose(inputs, (0, 2, 3, 1))), (0, 3, 1, 2))
+
+
+@export
+class InvertibleDownsampling2D(_Rearrangement2D):
+    """Moves every window of pixels into channels (space to depth): keeps all information and all norms.
+
+    Args:
+        pool_size: window height and width, or one integer for both. Images must be a multiple of it.
+        data_format: `"channels_last"`, `"channels_first"` or `None` for Keras's default.
+        **kwargs: of `keras.layers.Layer`.
+
+    Input shape: `(batch, height, width, channels)`.
+    Output shape: `(batch, height / p, width / q, channels * p * q)`, channel index `(row * q + column) * channels + c`.
+
+    Raises:
+        ValueError: for an image size that is known and no multiple of the window.
+
+    Example:
+
+    >>> import numpy as np, hkr_keras as hkr
+    >>> hkr.layers.InvertibleDownsampling2D(2)(np.ones((1, 4, 6, 3), "float32")).shape[1:]
+    (2, 3, 12)
+
+    Reference:
+        Shi et al., CVPR 2016 (arXiv 1609.05158), the inverse of its sub-pixel shuffle.
+    """
+
+    def _output_sizes(self, height, width, channels):
+        p, q = self.pool_size
+        if (height or 0) % p or (width or 0) % q:
+            raise ValueError(
+                f"Expected {type(self).__name__} '{self.name}' to receive images whose height and width are "
+                f"multiples of {self.pool_size}. Received: height={height}, width={width}"
+            )
+        return height and height // p, width and width // q, channels * p * q
+
+    def _rearrange(self, x):
+        (p, q), (batch, height, width, channels) = self.pool_size, ops.shape(x)
+        x = ops.reshape(x, (batch, height // p, p, width // q, q, channels))
+        x = ops.transpose(x, (0, 1, 3, 2, 4, 5))
+        return ops.reshape(x, (batch, height // p, width // q, p * q * channels))
+
+
+@export
+class InvertibleUpsampling2D(_Rearrangement2D):
+    """Moves channels into windows of pixels (depth to space): the inverse of `InvertibleDownsampling2D`.
+
+    Args:
+        pool_size: window height and width, or one integer for both. Channels must be a multiple of its area.
+        data_format: `"channels_last"`, `"channels_first"` or `None` for Keras's default.
+        **kwargs: of `keras.layers.Layer`.
+
+    Input shape: `(batch, height, width, channels)`.
+    Output shape: `(batch, height * p, width * q, channels / (p * q))`.
+
+    Raises:
+        ValueError: for a number of channels that is no multiple of the area of the window.
+
+    Example:
+
+    >>> import numpy as np, hkr_keras as hkr
+    >>> hkr.layers.InvertibleUpsampling2D(2)(np.ones((1, 2, 3, 12), "float32")).shape[1:]
+    (4, 6, 3)
+
+    Reference:
+        Shi et al., CVPR 2016 (arXiv 1609.05158).
+    """
+
+    def _output_sizes(self, height, width, channels):
+        p, q = self.pool_size
+        if channels % (p * q):
+            raise ValueError(
+                f"Expected {type(self).__name__} '{self.name}' to receive a number of channels that is a "
+                f"multiple of {p * q}. Received: channels={channels}"
+            )
+        return height and height * p, width and width * q, channels // (p * q)
+
+    def _rearrange(self, x):
+        (p, q), (batch, height, width, channels) = self.pool_size, ops.shape(x)
+        x = ops.reshape(x, (batch, height, width, p, q, channels // (p * q)))
+        x = ops.transpose(x, (0, 1, 3, 2, 4, 5))
+        return ops.reshape(x, (batch, height * p, width * q, channels // (p * q)))

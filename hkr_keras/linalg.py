@@ -1,0 +1,187 @@
+"""Projections of matrices: tensors in, tensors out, `keras.ops` only.
+
+Every function takes matrices of shape `(..., rows, columns)` with static `rows` and `columns`,
+computes in float32 (or float64 when given float64) and returns the dtype it was given. The iteration
+counts are fixed, so that all of them compile.
+"""
+
+from typing import Any
+
+from keras import ops
+
+Tensor = Any
+
+_TINY = 1e-30  # keeps 0 / 0 at 0; far below any weight whose square is a normal float32
+
+
+def _working_dtype(tensor: Tensor) -> str:
+    dtype = str(ops.dtype(tensor))
+    return dtype if dtype in ("float32", "float64") else "float32"
+
+
+def _norm(tensor: Tensor, axis=None, keepdims=False) -> Tensor:
+    return ops.sqrt(ops.sum(ops.square(tensor), axis=axis, keepdims=keepdims))
+
+
+def unit_norm(tensor: Tensor, axis=-2) -> Tensor:
+    """Scales every vector along `axis` to Euclidean norm 1.
+
+    Solves `min |u - w|` subject to `|u| = 1`. A vector of zeros stays zero.
+
+    Args:
+        tensor: floating point tensor of any shape.
+        axis: axis or axes along which one vector runs.
+
+    Returns:
+        Tensor of the same shape and dtype.
+
+    Example:
+
+    >>> from keras import ops
+    >>> ops.convert_to_numpy(unit_norm(ops.array([[3.0], [4.0]]))).round(3).tolist()
+    [[0.6000000238418579], [0.800000011920929]]
+    """
+    vectors = ops.cast(tensor, _working_dtype(tensor))
+    # Dividing by the largest entry first keeps the squares from overflowing or vanishing.
+    largest = ops.max(ops.abs(vectors), axis=axis, keepdims=True)
+    vectors = vectors / ops.maximum(largest, _TINY)
+    vectors = vectors / ops.maximum(_norm(vectors, axis, keepdims=True), _TINY)
+    return ops.cast(vectors, tensor.dtype)
+
+
+def newton_schulz(matrices: Tensor, steps: int = 1) -> Tensor:
+    """Moves matrices towards the nearest orthonormal ones, and never leaves a norm above 1.
+
+    `steps` iterations of `W <- 1.5 W - 0.5 W W^T W` towards the solution of `min |Q - W|_F` subject to
+    `Q^T Q = I` (or `Q Q^T = I` when there are fewer rows than columns). The cubic maps singular values in
+    `[0, sqrt(3)]` into `[0, 1]` and turns a deviation d from 1 into 1.5 d^2. The guard scales a matrix down
+    first when the proven bound `|W|^2 <= min(1 + |W^T W - I|_F, |W^T W|_F)` exceeds 3, so the norm of the
+    result is at most 1 (up to rounding, 4e-7 in float32) for every finite input and every `steps >= 1`.
+
+    Args:
+        matrices: floating point tensor `(..., rows, columns)`.
+        steps: number of iterations, at least 1. One is enough after an optimizer step.
+
+    Returns:
+        Tensor of the same shape and dtype. Zero matrices stay zero; NaN stays NaN.
+
+    Example:
+
+    >>> from keras import ops
+    >>> ops.convert_to_numpy(newton_schulz(2 * ops.eye(2), steps=5)).round(3).tolist()
+    [[1.0, 0.0], [0.0, 1.0]]
+
+    Reference:
+        Björck and Bowie, SIAM J. Numer. Anal. 8 (1971), eq. 1.1; Anil et al., ICML 2019.
+    """
+    rows, columns = matrices.shape[-2:]
+    if min(rows, columns) == 1:  # the projection in closed form
+        return unit_norm(matrices, axis=(-2, -1))
+    w = ops.cast(matrices, _working_dtype(matrices))
+    wide = rows < columns
+    w = w / ops.maximum(ops.max(ops.abs(w), axis=(-2, -1), keepdims=True), 1.0)  # the squares cannot overflow
+    identity = ops.eye(min(rows, columns), dtype=w.dtype)
+    for _ in range(steps):
+        transposed = ops.swapaxes(w, -1, -2)
+        gram = ops.matmul(w, transposed) if wide else ops.matmul(transposed, w)
+        squared_norm = ops.minimum(
+            1.0 + _norm(gram - identity, axis=(-2, -1), keepdims=True),
+            _norm(gram, axis=(-2, -1), keepdims=True),
+        )
+        scale = ops.minimum(3.0 / ops.maximum(squared_norm, 3.0), 1.0)
+        residual = identity - scale * gram
+        correction = ops.matmul(residual, w) if wide else ops.matmul(w, residual)
+        w = ops.sqrt(scale) * (w + 0.5 * correction)
+    return ops.cast(w, matrices.dtype)
+
+
+def orthonormal_basis(matrices: Tensor) -> Tensor:
+    """Replaces matrices by orthonormal ones that span the same columns (or rows, when those are fewer).
+
+    The Q factor of a QR decomposition with a positive diagonal in R, followed by one Newton-Schulz step for
+    full precision. Unlike the iteration it works for rank-deficient matrices too, and on random ones it is as
+    uniform as the usual orthogonal initializer.
+
+    Args:
+        matrices: floating point tensor `(..., rows, columns)`.
+
+    Returns:
+        Tensor of the same shape and dtype.
+
+    Example:
+
+    >>> from keras import ops
+    >>> ops.convert_to_numpy(orthonormal_basis(3 * ops.eye(2))).tolist()
+    [[1.0, 0.0], [0.0, 1.0]]
+
+    Reference:
+        Saxe et al., ICLR 2014.
+    """
+    wide = matrices.shape[-2] < matrices.shape[-1]
+    w = ops.cast(matrices, _working_dtype(matrices))
+    q, r = ops.qr(ops.swapaxes(w, -1, -2) if wide else w)
+    diagonal = ops.diagonal(r, axis1=-2, axis2=-1)
+    q = q * ops.expand_dims(ops.where(diagonal < 0, -1.0, 1.0), -2)
+    return ops.cast(newton_schulz(ops.swapaxes(q, -1, -2) if wide else q), matrices.dtype)
+
+
+def spectral_norm_bound(matrices: Tensor, squarings: int = 6) -> Tensor:
+    """An upper bound on the largest singular value, by Gram iteration.
+
+    `|W| <= |(W^T W)^(2^t)|_F^(1 / 2^(t+1))` for every t; the slack is at most `rank^(1 / 2^(t+2))`, that is
+    2.5 % for rank 512 and the default. A margin of 1e-5 covers the rounding of float32.
+
+    Args:
+        matrices: floating point tensor `(..., rows, columns)`.
+        squarings: how often the Gram matrix is squared.
+
+    Returns:
+        Tensor `(..., 1, 1)` in the working dtype.
+
+    Example:
+
+    >>> from keras import ops
+    >>> float(spectral_norm_bound(2 * ops.eye(2))[0, 0]) >= 2
+    True
+
+    Reference:
+        Delattre et al., ICML 2023 (arXiv 2305.16173), theorem 1.
+    """
+    w = ops.cast(matrices, _working_dtype(matrices))
+    largest = ops.maximum(ops.max(ops.abs(w), axis=(-2, -1), keepdims=True), _TINY)
+    w = w / largest
+    transposed = ops.swapaxes(w, -1, -2)
+    gram = ops.matmul(w, transposed) if w.shape[-2] < w.shape[-1] else ops.matmul(transposed, w)
+    # invariant: |W|^2 <= largest^2 * root * |gram|_F^(1 / power)
+    log_bound, power = 0.0, 1.0
+    for _ in range(squarings):
+        size = ops.maximum(_norm(gram, axis=(-2, -1), keepdims=True), _TINY)
+        log_bound = log_bound + ops.log(size) / power
+        gram = ops.matmul(gram / size, gram / size)
+        power *= 2.0
+    size = ops.maximum(_norm(gram, axis=(-2, -1), keepdims=True), _TINY)
+    return (1.0 + 1e-5) * largest * ops.exp(0.5 * (log_bound + ops.log(size) / power))
+
+
+def spectral_ball(matrices: Tensor) -> Tensor:
+    """Scales matrices down until their norm is at most 1, and leaves them alone when it is already.
+
+    `W / max(1, bound)` with the upper bound of `spectral_norm_bound`. No singular value is pulled up.
+
+    Args:
+        matrices: floating point tensor `(..., rows, columns)`.
+
+    Returns:
+        Tensor of the same shape and dtype.
+
+    Example:
+
+    >>> from keras import ops
+    >>> ops.convert_to_numpy(spectral_ball(0.5 * ops.eye(2))).tolist()
+    [[0.5, 0.0], [0.0, 0.5]]
+
+    Reference:
+        Gouk et al., Machine Learning 110 (2021), eq. 9.
+    """
+    w = ops.cast(matrices, _working_dtype(matrices))
+    return ops.cast(w / ops.maximum(spectral_norm_bound(w), 1.0), matrices.dtype)

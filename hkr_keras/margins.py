@@ -1,0 +1,169 @@
+"""Label conventions, margins and radii: the only module that knows them. Tensors in, tensors out.
+
+Binary models put out one score f of shape `(n,)` or `(n, 1)`, class 1 where it is positive; labels are {0, 1}
+or {-1, +1}. Multiclass models put out logits `(n, classes)`; labels are integers `(n,)`, `(n, 1)` or one-hot
+`(n, classes)`.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+from keras import ops
+
+Tensor = Any
+
+
+def is_binary(y_pred: Tensor) -> bool:
+    """Whether predictions of that shape are scores `(n,)` or `(n, 1)`, as opposed to logits.
+
+    Raises:
+        ValueError: for any other rank than 1 and 2.
+    """
+    shape = tuple(y_pred.shape)
+    if len(shape) not in (1, 2):
+        raise ValueError(
+            "Expected predictions of shape (n,), (n, 1) or (n, classes). " f"Received: y_pred.shape={shape}"
+        )
+    return len(shape) == 1 or shape[1] == 1
+
+
+def flat(values: Tensor, name: str) -> Tensor:
+    """Values of shape `(n,)` or `(n, 1)` as `(n,)`.
+
+    Raises:
+        ValueError: for any other shape.
+    """
+    shape = tuple(values.shape)
+    if len(shape) == 2 and shape[1] == 1:
+        return ops.squeeze(values, axis=1)
+    if len(shape) != 1:
+        raise ValueError(f"Expected shape (n,) or (n, 1). Received: {name}.shape={shape}")
+    return values
+
+
+def sample_weights(sample_weight, like: Tensor) -> Tensor:
+    """Sample weights `(n,)` of the dtype of `like`; ones for `None`.
+
+    Raises:
+        ValueError: for another shape than `(n,)` and `(n, 1)`.
+    """
+    if sample_weight is None:
+        return ops.ones_like(like)
+    return ops.cast(flat(ops.convert_to_tensor(sample_weight), "sample_weight"), like.dtype)
+
+
+def signed_scores(y_true: Tensor, y_pred: Tensor) -> tuple[Tensor, Tensor]:
+    """Signs in {-1, +1} and scores, both `(n,)`, from binary labels and predictions.
+
+    Example:
+
+    >>> signs, scores = signed_scores(ops.array([0, 1]), ops.array([[0.5], [2.0]]))
+    >>> ops.convert_to_numpy(signs).tolist(), ops.convert_to_numpy(scores).tolist()
+    ([-1.0, 1.0], [0.5, 2.0])
+    """
+    y_true, y_pred = flat(y_true, "y_true"), flat(y_pred, "y_pred")
+    _check_length(y_true, y_pred)
+    one = ops.ones_like(y_pred)
+    return ops.where(y_true > 0, one, -one), y_pred
+
+
+def one_hot(y_true: Tensor, y_pred: Tensor) -> Tensor:
+    """One-hot labels of the shape of the logits, from integer or one-hot labels.
+
+    Raises:
+        ValueError: for logits of fewer than two classes, or labels of another shape.
+
+    Example:
+
+    >>> ops.convert_to_numpy(one_hot(ops.array([1]), ops.array([[0.5, 2.0]]))).tolist()
+    [[0.0, 1.0]]
+    """
+    if len(y_pred.shape) != 2 or y_pred.shape[1] is None or y_pred.shape[1] < 2:
+        raise ValueError(f"Expected logits of shape (n, classes >= 2). Received: y_pred.shape={tuple(y_pred.shape)}")
+    classes = y_pred.shape[1]
+    if len(y_true.shape) == 2 and y_true.shape[1] == classes:
+        labels = ops.argmax(y_true, axis=1)
+    elif len(y_true.shape) == 1 or (len(y_true.shape) == 2 and y_true.shape[1] == 1):
+        labels = flat(y_true, "y_true")
+    else:
+        raise ValueError(
+            f"Expected labels of shape (n,), (n, 1) or (n, {classes}). Received: y_true.shape={tuple(y_true.shape)}"
+        )
+    _check_length(labels, y_pred)
+    return ops.one_hot(ops.cast(labels, "int32"), classes, dtype=y_pred.dtype)
+
+
+def class_indices(y_true, classes: int) -> np.ndarray:
+    """Labels on the host as class indices `(n,)`; for one score (`classes=1`), 1 where the label is positive.
+
+    Raises:
+        ValueError: for labels of another shape than `(n,)`, `(n, 1)` and one-hot `(n, classes)`, or out of range.
+
+    Example:
+
+    >>> class_indices([-1, 1], classes=1).tolist(), class_indices([[0, 1], [1, 0]], classes=2).tolist()
+    ([0, 1], [1, 0])
+    """
+    labels = np.asarray(ops.convert_to_numpy(y_true))
+    if labels.ndim == 2 and labels.shape[1] == classes > 1:
+        labels = labels.argmax(axis=1)
+    elif labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    allowed = {-1, 0, 1} if classes == 1 else set(range(classes))
+    if labels.ndim != 1 or not set(np.unique(labels).tolist()) <= allowed:
+        wanted = "in {0, 1} or {-1, +1}" if classes == 1 else f"in 0..{classes - 1}, or one-hot (n, {classes})"
+        raise ValueError(
+            f"Expected labels of shape (n,) or (n, 1) {wanted}. "
+            f"Received: y.shape={np.shape(y_true)} with values {np.unique(labels)[:5]}"
+        )
+    return (labels > 0).astype(np.int64) if classes == 1 else labels.astype(np.int64)
+
+
+def _check_length(y_true: Tensor, y_pred: Tensor) -> None:
+    expected, received = y_pred.shape[0], y_true.shape[0]
+    if expected is not None and received is not None and expected != received:
+        raise ValueError(
+            "Expected as many labels as predictions. "
+            f"Received: y_true.shape={tuple(y_true.shape)}, y_pred.shape={tuple(y_pred.shape)}"
+        )
+
+
+def class_balance(member: Tensor, weights: Tensor) -> Tensor:
+    """Factors that turn the weighted mean over a batch into the mean over one class.
+
+    `sum(w * class_balance(member, w) * v) / sum(w)` is the weighted mean of v over the members; 0 when there
+    are none.
+
+    Args:
+        member: 1 for members of the class and 0 for the others, `(n,)` or `(n, classes)`.
+        weights: sample weights of a shape that broadcasts with it.
+    """
+    total = ops.sum(weights)
+    share = ops.sum(weights * member, axis=0, keepdims=True)
+    return ops.where(share > 0, member * total / ops.where(share > 0, share, ops.ones_like(share)), 0.0)
+
+
+def multiclass_margin(y_true_one_hot: Tensor, logits: Tensor) -> Tensor:
+    """The logit of the true class minus the largest other one, `(n,)`: positive where the class is right."""
+    true = ops.sum(y_true_one_hot * logits, axis=1)
+    return true - ops.max(ops.where(y_true_one_hot > 0, -math.inf, logits), axis=1)
+
+
+#: What the difference of two logits changes by, over what the input moved, when the layers before are 1-Lipschitz.
+HEAD_FACTORS = {"unit_norm": 2.0, "orthonormal": math.sqrt(2.0)}
+
+
+def certified_radius(y_true: Tensor, y_pred: Tensor, lipschitz: float = 1.0, head: str = "unit_norm") -> Tensor:
+    """Radius within which a correct prediction stays correct, `(n,)`; negative where it is wrong.
+
+    Binary: `y f / L`. Multiclass: `(f_true - max of the others) / (c L)`, with c = 2 when every logit is
+    L-Lipschitz (`head="unit_norm"`) and c = sqrt(2) when the vector of logits is (`head="orthonormal"`).
+
+    Reference:
+        Tsuzuku, Sato and Sugiyama, NeurIPS 2018 (arXiv 1802.04034), proposition 1.
+    """
+    if is_binary(y_pred):
+        signs, scores = signed_scores(y_true, y_pred)
+        return signs * scores / lipschitz
+    return multiclass_margin(one_hot(y_true, y_pred), y_pred) / (HEAD_FACTORS[head] * lipschitz)
