@@ -11,36 +11,37 @@ from hkr_keras.geometry import overlap
 _TINY = 1e-24  # keeps the gradient of the root finite at 0
 
 
-def _l2_norm(reduce, inputs):
-    """The root of the reduced squares, in at least float32: half precision cannot hold the squares."""
+def _l2_norm(mean, inputs, cells):
+    """The root of `cells * mean(inputs^2)`, in at least float32: half precision cannot hold the squares."""
     dtype = keras.backend.result_type(inputs.dtype, "float32")
-    return ops.cast(ops.sqrt(ops.maximum(reduce(ops.square(ops.cast(inputs, dtype))), _TINY)), inputs.dtype)
+    squares = cells * mean(ops.square(ops.cast(inputs, dtype)))
+    return ops.cast(ops.sqrt(ops.maximum(squares, _TINY)), inputs.dtype)
 
 
-class _ScaledPooling:
+class _WindowPooling:
     """What the window layers share. Mixin before a Keras average pooling layer, which owns the constructor."""
 
-    def _overlap(self) -> int:
-        return overlap(self.pool_size, self.strides, (1,) * len(self.pool_size))
+    def _cells(self) -> float:
+        """Cells of a window over the largest number of windows that see one cell."""
+        return math.prod(self.pool_size) / overlap(self.pool_size, self.strides, (1,) * len(self.pool_size))
 
-    def _window_sum(self, inputs):
-        """Sums over windows, with zeros outside the input (Keras divides by the cells inside it instead)."""
+    def _mean(self, inputs):
+        """Means over windows, with zeros outside the input (Keras divides by the cells inside it instead)."""
         if self.padding == "valid":
-            average = ops.average_pool(inputs, self.pool_size, self.strides, self.padding, self.data_format)
-            return average * math.prod(self.pool_size)
+            return ops.average_pool(inputs, self.pool_size, self.strides, self.padding, self.data_format)
         channels = inputs.shape[-1 if self.data_format == "channels_last" else 1]
-        ones = ops.ones((*self.pool_size, channels, 1), dtype=inputs.dtype)
-        return ops.depthwise_conv(inputs, ones, self.strides, self.padding, self.data_format)
+        window = ops.full((*self.pool_size, channels, 1), 1.0 / math.prod(self.pool_size), dtype=inputs.dtype)
+        return ops.depthwise_conv(inputs, window, self.strides, self.padding, self.data_format)
 
 
-class _ScaledAverage(_ScaledPooling):
+class _ScaledAverage(_WindowPooling):
     def call(self, inputs):
-        return self._window_sum(inputs) / math.sqrt(math.prod(self.pool_size) * self._overlap())
+        return self._mean(inputs) * math.sqrt(self._cells())
 
 
-class _L2Norm(_ScaledPooling):
+class _L2Norm(_WindowPooling):
     def call(self, inputs):
-        return _l2_norm(self._window_sum, inputs) / math.sqrt(self._overlap())
+        return _l2_norm(self._mean, inputs, self._cells())
 
 
 class _GlobalPooling:
@@ -66,7 +67,7 @@ class _ScaledGlobalAverage(_GlobalPooling):
 
 class _GlobalL2Norm(_GlobalPooling):
     def call(self, inputs, mask=None):
-        return _l2_norm(lambda squares: self._sum(squares, mask), inputs)
+        return _l2_norm(lambda squares: self._sum(squares, mask), inputs, 1.0)
 
 
 @export
