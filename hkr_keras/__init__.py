@@ -1,6 +1,18 @@
 """hkr_keras: 1-Lipschitz networks with certificates of robustness, for Keras 3."""
 
-from hkr_keras import bounds, callbacks, constraints, geometry, layers, linalg, losses, margins, metrics
+from hkr_keras import (
+    bounds,
+    callbacks,
+    constraints,
+    datasets,
+    geometry,
+    layers,
+    linalg,
+    losses,
+    margins,
+    metrics,
+    models,
+)
 from hkr_keras._version import __version__
 from hkr_keras.bounds import lipschitz_bound, lipschitz_summary
 from hkr_keras.certificates import Certificate, certify
@@ -12,6 +24,7 @@ __all__ = [
     "callbacks",
     "certify",
     "constraints",
+    "datasets",
     "geometry",
     "layers",
     "linalg",
@@ -20,4 +33,5 @@ __all__ = [
     "losses",
     "margins",
     "metrics",
+    "models",
 ]

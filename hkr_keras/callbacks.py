@@ -6,11 +6,12 @@ import keras
 from keras import ops
 
 from hkr_keras import bounds, constraints
+from hkr_keras._registry import export
 from hkr_keras.certificates import certify
 from hkr_keras.geometry import kernel_geometries, model_kernels
 
 
-@keras.saving.register_keras_serializable(package="hkr_keras")
+@export
 class Orthonormalize(keras.callbacks.Callback):
     """Re-orthonormalises kernels after each optimizer step, and to full precision at epoch and train end.
 

@@ -46,7 +46,8 @@ class Certificate:
     classes: int
     method: str
 
-    def _correct(self, y) -> np.ndarray:
+    def is_correct(self, y) -> np.ndarray:
+        """Which predictions match the labels, `(n,)` booleans. Labels `(n,)`, `(n, 1)` or one-hot."""
         labels = margins.class_indices(y, self.classes)
         if len(labels) != len(self.radius):
             raise ValueError(f"Expected {len(self.radius)} labels, one per input. Received: len(y)={len(labels)}")
@@ -62,7 +63,7 @@ class Certificate:
         Raises:
             ValueError: for labels of another shape or length, or a negative epsilon.
         """
-        correct = self._correct(y)
+        correct = self.is_correct(y)
         if epsilon is None:
             return float(correct.mean())
         if not 0 <= epsilon < math.inf:
@@ -71,7 +72,7 @@ class Certificate:
 
     def mean_radius(self, y) -> float:
         """Mean certified radius; a wrong prediction counts as 0."""
-        return float(np.where(self._correct(y), self.radius, 0.0).mean())
+        return float(np.where(self.is_correct(y), self.radius, 0.0).mean())
 
     def curve(self, y, epsilons) -> np.ndarray:
         """Certified accuracy at each epsilon, `(len(epsilons),)`."""

@@ -1,0 +1,51 @@
+PYTHON ?= python3
+VENV ?= .venv
+BACKEND ?= tensorflow
+BACKENDS ?= tensorflow jax torch
+WORKERS ?= 2
+BIN = $(VENV)/bin
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint tests/constraints.txt
+# One thread per worker: two workers on two cores, whatever the backend.
+ONE_THREAD = OMP_NUM_THREADS=1 TF_NUM_INTRAOP_THREADS=1 TF_NUM_INTEROP_THREADS=1 \
+	XLA_FLAGS="--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+QUIET = TF_CPP_MIN_LOG_LEVEL=3 TF_ENABLE_ONEDNN_OPTS=0 PYTHONUNBUFFERED=1
+
+.PHONY: help demo test lint bench clean
+
+help:  ## What can be made
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
+
+demo: $(VENV)/.installed-$(BACKEND)  ## Train, certify and show a digits classifier (ARGS="--dataset moons", BACKEND=jax)
+	KERAS_BACKEND=$(BACKEND) $(QUIET) $(BIN)/python -m hkr_keras demo $(ARGS)
+
+test: $(VENV)/.installed-test lint  ## Lint, then the whole suite on every backend, each in its own process
+	@set -e; for backend in $(BACKENDS); do \
+		echo "== tests on $$backend"; \
+		KERAS_BACKEND=$$backend $(QUIET) $(ONE_THREAD) $(BIN)/python -m pytest -q -n $(WORKERS) --durations=5 \
+			--doctest-modules hkr_keras tests; \
+	done
+
+lint: $(VENV)/.installed-test  ## Style, types and the layer contract
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(VENV)/.installed-test  ## The cost of a training step on every backend
+	@set -e; for backend in $(BACKENDS); do \
+		KERAS_BACKEND=$$backend $(QUIET) $(BIN)/python benchmarks/step_cost.py; \
+	done
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed-test: $(VENV)/bin/python setup.cfg tests/constraints.txt
+	$(PIP) --editable ".[tensorflow,jax,torch,test]"
+	@touch $@
+
+$(VENV)/.installed-%: $(VENV)/bin/python setup.cfg tests/constraints.txt
+	$(PIP) --editable ".[$*,plots,sklearn]"
+	@touch $@
+
+clean:  ## Remove what the other targets made
+	rm -rf $(VENV) hkr_demo build *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache

@@ -1,0 +1,142 @@
+"""Command line: `python -m hkr_keras demo`."""
+
+import argparse
+import math
+import pathlib
+import sys
+
+import keras
+from rich.console import Console
+from rich.table import Table
+
+import hkr_keras as hkr
+from hkr_keras import datasets, models
+
+_MULTICLASS_LOSSES = {
+    "hkr": lambda: hkr.losses.MulticlassHKR(alpha=50, margin=0.5),
+    "soft_hkr": lambda: hkr.losses.SoftHKR(alpha=50, margin=0.5),
+    "log_sum_exp_hkr": lambda: hkr.losses.LogSumExpHKR(alpha=50, margin=0.5),
+    "crossentropy": lambda: hkr.losses.MarginCrossentropy(temperature=10, margin=0.5),
+    "kr": lambda: hkr.losses.MulticlassKR(),
+    "hinge": lambda: hkr.losses.MulticlassHinge(margin=0.5),
+}
+_BINARY_LOSSES = {
+    "hkr": lambda: hkr.losses.HKR(alpha=10, margin=0.3),
+    "kr": lambda: hkr.losses.KR(),
+    "hinge": lambda: hkr.losses.HingeMargin(margin=0.3),
+}
+_DEFAULTS = {  # epochs, batch size
+    "digits": (30, 32),
+    "moons": (40, 25),
+    "mnist": (4, 128),
+    "fashion_mnist": (4, 128),
+    "cifar10": (10, 128),
+}
+_EPSILONS = (0.1, 0.25, 0.5, 1.0)
+
+
+def demo(dataset: str, epochs: int | None, loss: str, seed: int, output: pathlib.Path, verbose="auto") -> dict:
+    """Trains a certified classifier, certifies the test set, prints a table and writes everything to a folder.
+
+    Args:
+        dataset: a name of `hkr_keras.datasets`.
+        epochs: of training; `None` for a default that fits the data set.
+        loss: a name of `--loss`.
+        seed: of weights, batches and data split.
+        output: folder for the model, the certificate and the pictures; made when missing.
+        verbose: as in `keras.Model.fit`.
+
+    Returns:
+        The figures of the table.
+    """
+    keras.utils.set_random_seed(seed)
+    data = datasets.load(dataset, seed)
+    binary = data.classes == 2
+    losses = _BINARY_LOSSES if binary else _MULTICLASS_LOSSES
+    if loss not in losses:
+        raise ValueError(f"Expected one of {', '.join(losses)} for '{dataset}'. Received: loss={loss}")
+    default_epochs, batch_size = _DEFAULTS[dataset]
+    epochs = epochs or default_epochs
+    shape = data.x_train.shape[1:]
+    if dataset in ("digits", "moons"):
+        model = models.lipschitz_mlp(shape, 1 if binary else data.classes)
+    else:
+        model = models.lipschitz_cnn(shape, data.classes)
+    steps = epochs * math.ceil(len(data.x_train) / batch_size)
+    accuracy = keras.metrics.BinaryAccuracy("accuracy", threshold=0.0) if binary else "accuracy"
+    model.compile(
+        keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(1e-2, steps)),
+        loss=losses[loss](),
+        metrics=[accuracy, hkr.metrics.CertifiedAccuracy(epsilon=0.25)],
+    )
+    model.fit(
+        data.x_train,
+        data.y_train,
+        batch_size=batch_size,
+        epochs=epochs,
+        verbose=verbose,
+        callbacks=[hkr.callbacks.Orthonormalize()],
+    )
+    certificate = hkr.certify(model, data.x_test, verbose=0)
+    result = {
+        "clean accuracy": certificate.accuracy(data.y_test),
+        **{f"certified accuracy at {e:g}": certificate.accuracy(data.y_test, e) for e in _EPSILONS},
+        "mean certified radius": certificate.mean_radius(data.y_test),
+        "proven Lipschitz constant": certificate.bound,
+    }
+    table = Table(title=f"{dataset}: {len(data.x_test)} test inputs, loss {loss}, {epochs} epochs, Keras on {keras.backend.backend()}")
+    table.add_column("")
+    table.add_column("value", justify="right")
+    for name, value in result.items():
+        table.add_row(name, f"{value:.1%}" if "accuracy" in name else f"{value:.4f}")
+    Console().print(table)
+
+    output.mkdir(parents=True, exist_ok=True)
+    model.save(output / "model.keras")
+    (output / "certificate.json").write_text(certificate.to_json())
+    _draw(model, data, certificate, output)
+    print(f"Model, certificate and pictures are in {output.resolve()}: {', '.join(sorted(p.name for p in output.iterdir()))}")
+    return result
+
+
+def _draw(model, data, certificate, output: pathlib.Path) -> None:
+    try:
+        import matplotlib
+    except ImportError:
+        print("No pictures without matplotlib: pip install 'hkr_keras[plots]'")
+        return
+    matplotlib.use("Agg")
+    from hkr_keras import plotting
+
+    ax = plotting.plot_certified_accuracy(certificate, data.y_test)
+    ax.set_title(f"{data.name}: accuracy that no attack within the radius can lower", fontsize=11)
+    ax.figure.savefig(output / "certified_accuracy.png", dpi=150)
+    if data.x_test.shape[1:] == (2,):
+        field = plotting.plot_field(model, data.x_test, data.y_test)
+        field.figure.savefig(output / "field.png", dpi=150)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit status, 2 for what the user can mend."""
+    parser = argparse.ArgumentParser(prog="python -m hkr_keras", description="1-Lipschitz networks with certificates.")
+    parser.add_argument("--version", action="version", version=hkr.__version__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("demo", help="train, certify and show a classifier")
+    command.add_argument("--dataset", choices=datasets.NAMES, default="digits")
+    command.add_argument("--epochs", type=int, help="default: what fits the data set")
+    command.add_argument("--loss", choices=sorted(_MULTICLASS_LOSSES), default="hkr")
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--output", type=pathlib.Path, default=pathlib.Path("hkr_demo"), help="folder to write to")
+    options = parser.parse_args(arguments)
+    if options.epochs is not None and options.epochs < 1:
+        parser.error(f"argument --epochs: expected at least 1, received {options.epochs}")
+    try:
+        demo(options.dataset, options.epochs, options.loss, options.seed, options.output)
+    except (ConnectionError, ImportError, OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,134 @@
+"""Pictures: certified-accuracy curves, decision fields of models with two inputs, singular values.
+
+Needs matplotlib: `pip install 'hkr_keras[plots]'`. Every function draws on `ax`, or on a new figure, and
+returns the axes.
+"""
+
+import numpy as np
+
+from hkr_keras import bounds
+from hkr_keras.certificates import Certificate, certify
+from hkr_keras.geometry import kernel_geometries
+
+_INK, _BLUE, _ORANGE = "#222222", "#1f5fa8", "#d9622b"
+
+
+def _axes(ax, **kwargs):
+    if ax is not None:
+        return ax
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError as error:
+        raise ImportError("Pictures need matplotlib: pip install 'hkr_keras[plots]'") from error
+    return plt.subplots(layout="constrained", **kwargs)[1]
+
+
+def plot_certified_accuracy(certificate: Certificate, y, ax=None, label=None, color=_BLUE, marks=(0.1, 0.25, 0.5)):
+    """Certified accuracy against the radius, with a few values written beside the curve.
+
+    Args:
+        certificate: what `certify` returned.
+        y: labels, as for `Certificate.accuracy`.
+        ax: matplotlib axes, or `None` for a new figure.
+        label: of the curve, for a legend.
+        color: of the curve.
+        marks: radii at which to write the value.
+
+    Returns:
+        The axes.
+
+    Example:
+
+    >>> import numpy as np, matplotlib; matplotlib.use("Agg")
+    >>> certificate = Certificate(np.array([0.5, 0.1]), np.array([1, 0]), 1.0, 2, "pairwise")
+    >>> plot_certified_accuracy(certificate, [1, 0]).get_xlabel()
+    'L2 radius of the perturbation'
+    """
+    ax = _axes(ax, figsize=(6.4, 4.2))
+    correct = np.sort(certificate.radius[certificate.is_correct(y)])
+    radius = np.concatenate([[0.0], correct])
+    accuracy = np.arange(len(correct), -1, -1) / len(certificate.radius)
+    ax.fill_between(radius, accuracy, step="post", color=color, alpha=0.12, linewidth=0)
+    ax.step(radius, accuracy, where="post", color=color, linewidth=2, label=label)
+    for epsilon in marks:
+        value = certificate.accuracy(y, epsilon)
+        ax.plot([epsilon], [value], "o", color=color, markersize=5)
+        ax.annotate(f"{value:.1%} at {epsilon:g}", (epsilon, value), (7, 4), textcoords="offset points", color=_INK, fontsize=9)
+    ax.set(xlabel="L2 radius of the perturbation", ylabel="certified accuracy", ylim=(0, 1.02))
+    ax.set_xlim(0, max(1e-6, float(radius.max())) * 1.02)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(alpha=0.25)
+    return ax
+
+
+def plot_field(model, x, y, ax=None, circles: int = 25):
+    """The score of a binary model over the plane: level lines, decision boundary, points and certified circles.
+
+    No point inside a circle is classified differently from its centre.
+
+    Args:
+        model: built model with inputs `(n, 2)` and one score.
+        x: points `(n, 2)`.
+        y: labels `(n,)`.
+        ax: matplotlib axes, or `None` for a new figure.
+        circles: how many certified circles to draw, the first ones of x.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ValueError: for inputs that are not `(n, 2)`.
+    """
+    x = np.asarray(x)
+    if x.ndim != 2 or x.shape[1] != 2:
+        raise ValueError(f"Expected points of shape (n, 2). Received: x.shape={x.shape}")
+    ax = _axes(ax, figsize=(7.6, 4.6))
+    low, high = x.min(axis=0) - 0.5, x.max(axis=0) + 0.5
+    first, second = np.meshgrid(np.linspace(low[0], high[0], 160), np.linspace(low[1], high[1], 160))
+    grid = np.stack([first.ravel(), second.ravel()], axis=1).astype("float32")
+    score = np.asarray(model.predict(grid, batch_size=1024, verbose=0)).reshape(first.shape)
+    extent = max(1e-6, float(np.abs(score).max()))
+    image = ax.contourf(first, second, score, levels=np.linspace(-extent, extent, 25), cmap="RdBu", alpha=0.8)
+    ax.contour(first, second, score, levels=[0.0], colors=[_INK], linewidths=2)
+    bar = ax.figure.colorbar(image, ax=ax, shrink=0.75, ticks=[-1, -0.5, 0, 0.5, 1] if extent > 1 else None)
+    bar.set_label("score f(x): no attack bridges a distance of |f(x)|")
+    labels = np.asarray(y).reshape(-1) > 0
+    for member, color in ((labels, _BLUE), (~labels, _ORANGE)):
+        ax.plot(*x[member].T, "o", color=color, markersize=3, markeredgewidth=0)
+    certificate = certify(model, x[:circles], verbose=0)
+    for centre, radius in zip(x[:circles], certificate.radius, strict=True):
+        ax.add_patch(_circle(centre, radius))
+    ax.set(aspect="equal", xlim=(low[0], high[0]), ylim=(low[1], high[1]), xticks=[], yticks=[])
+    return ax
+
+
+def _circle(centre, radius):
+    from matplotlib.patches import Circle
+
+    return Circle(tuple(centre), radius, fill=False, color=_INK, linewidth=0.8, alpha=0.8)
+
+
+def plot_singular_values(model, ax=None):
+    """The extreme singular values and the proven bound of every kernel of a model.
+
+    Args:
+        model: built model.
+        ax: matplotlib axes, or `None` for a new figure.
+
+    Returns:
+        The axes.
+    """
+    ax = _axes(ax, figsize=(6.4, 3.6))
+    names, spectra = [], []
+    for layer in model._flatten_layers():
+        for name in kernel_geometries(layer):
+            names.append(layer.name)
+            spectra.append(bounds.kernel_spectrum(layer, name))
+    for i, spectrum in enumerate(spectra):
+        ax.plot([spectrum.smallest, spectrum.largest], [i, i], color=_BLUE, linewidth=5, alpha=0.5, solid_capstyle="butt")
+        ax.plot([spectrum.bound], [i], "|", color=_ORANGE, markersize=14, markeredgewidth=2)
+    ax.set(yticks=range(len(names)), yticklabels=names, xlabel="singular values, and the proven bound (mark)")
+    ax.invert_yaxis()
+    ax.axvline(1.0, color=_INK, linewidth=0.8, linestyle=":")
+    ax.spines[["top", "right"]].set_visible(False)
+    return ax

@@ -1,0 +1,94 @@
+"""The demo, as a user runs it, and the data sets behind it."""
+
+import json
+import os
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+
+import hkr_keras as hkr
+from hkr_keras.__main__ import demo, main
+
+
+def test_digits_demo_reaches_its_figures(tmp_path, capsys):
+    output = tmp_path / "out"
+    assert main(["demo", "--output", str(output)]) == 0
+    text = capsys.readouterr().out
+    assert "certified accuracy at 0.25" in text
+    assert str(output.resolve()) in text
+    assert {path.name for path in output.iterdir()} == {"model.keras", "certificate.json", "certified_accuracy.png"}
+
+    data = hkr.datasets.load("digits")
+    model = keras.models.load_model(output / "model.keras")
+    certificate = hkr.certify(model, data.x_test, verbose=0)
+    assert certificate.accuracy(data.y_test) >= 0.975
+    assert certificate.accuracy(data.y_test, epsilon=0.25) >= 0.86
+    assert certificate.mean_radius(data.y_test) >= 0.53
+    stored = json.loads((output / "certificate.json").read_text())
+    np.testing.assert_allclose(stored["radius"], certificate.radius, atol=1e-4)
+    assert stored["bound"] == certificate.bound
+
+
+def test_moons_demo_draws_the_field(tmp_path):
+    result = demo("moons", epochs=5, loss="hkr", seed=0, output=tmp_path, verbose=0)
+    assert result["clean accuracy"] > 0.8
+    assert result["proven Lipschitz constant"] <= 1 + 1e-6
+    for name in ("field.png", "certified_accuracy.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("loss", ["soft_hkr", "log_sum_exp_hkr", "crossentropy", "kr", "hinge"])
+def test_losses_of_the_demo(loss, tmp_path):
+    result = demo("digits", epochs=1, loss=loss, seed=1, output=tmp_path, verbose=0)
+    assert result["certified accuracy at 0.1"] <= result["clean accuracy"]
+
+
+def test_seed_repeats_the_demo(tmp_path):
+    first, again = (demo("moons", epochs=2, loss="kr", seed=3, output=tmp_path, verbose=0) for _ in range(2))
+    assert first == again
+
+
+def test_loss_that_does_not_fit(tmp_path, capsys):
+    assert main(["demo", "--dataset", "moons", "--loss", "soft_hkr", "--output", str(tmp_path)]) == 2
+    assert "Received: loss=soft_hkr" in capsys.readouterr().err
+
+
+def test_epochs_below_one():
+    with pytest.raises(SystemExit, match="2"):
+        main(["demo", "--epochs", "0"])
+
+
+def test_without_a_network_one_sentence(monkeypatch, capsys, tmp_path):
+    def unreachable():
+        raise OSError("URL fetch failure")
+
+    monkeypatch.setattr(keras.datasets.mnist, "load_data", unreachable)
+    assert main(["demo", "--dataset", "mnist", "--output", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: The data set 'mnist' is not on this machine")
+    assert "Traceback" not in error
+
+
+def test_stored_images_are_scaled(monkeypatch):
+    images = np.arange(2 * 28 * 28, dtype="uint8").reshape(2, 28, 28)
+    stored = ((images, np.array([1, 2], "uint8")), (images[:1], np.array([3], "uint8")))
+    monkeypatch.setattr(keras.datasets.fashion_mnist, "load_data", lambda: stored)
+    data = hkr.datasets.load("fashion_mnist")
+    assert data.x_train.shape == (2, 28, 28, 1)
+    assert data.x_train.dtype == np.float32
+    assert 0 <= data.x_train.min() <= data.x_train.max() == 1
+    assert data.y_test.tolist() == [3]
+
+
+def test_unknown_data_set():
+    with pytest.raises(ValueError, match="Received: name=imagenet"):
+        hkr.datasets.load("imagenet")
+
+
+def test_module_runs_and_tells_its_version():
+    command = [sys.executable, "-m", "hkr_keras", "--version"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ})
+    assert result.stdout.strip() == hkr.__version__

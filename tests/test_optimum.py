@@ -1,0 +1,97 @@
+"""No 1-Lipschitz function beats the exact linear programme, and a trained network comes close to it."""
+
+import keras
+import numpy as np
+import pytest
+from scipy import sparse
+from scipy.optimize import linprog
+from sklearn.datasets import make_moons
+
+import hkr_keras as hkr
+
+ALPHA, MARGIN = 10.0, 0.3
+
+
+def distances(x, z):
+    return np.linalg.norm(x[:, None] - z[None], axis=-1)
+
+
+def primal(x, labels, alpha, margin):
+    """The smallest HKR loss of all functions on the points x that are 1-Lipschitz there."""
+    n, signs = len(x), np.where(labels > 0, 1.0, -1.0)
+    first, second = np.triu_indices(n, 1)
+    rows = np.arange(len(first))
+    pair = sparse.csr_array(
+        (np.repeat([1.0, -1.0], rows.size), (np.tile(rows, 2), np.concatenate([first, second]))), shape=(rows.size, n)
+    )
+    no_slack = sparse.csr_array((rows.size, n))
+    hinge = sparse.hstack([-sparse.diags_array(signs), -sparse.eye_array(n)])  # margin - y f <= slack
+    constraints = sparse.vstack([sparse.hstack([pair, no_slack]), sparse.hstack([-pair, no_slack]), hinge])
+    length = distances(x, x)[first, second]
+    limits = np.concatenate([length, length, np.full(n, -margin)])
+    mean_difference = signs / np.where(labels > 0, np.sum(labels > 0), np.sum(labels <= 0))
+    costs = np.concatenate([-mean_difference, np.full(n, alpha / n)])
+    bounds = [(None, None)] * n + [(0, None)] * n
+    solution = linprog(costs, A_ub=constraints, b_ub=limits, bounds=bounds, method="highs-ipm")
+    assert solution.status == 0, solution.message
+    return solution.fun
+
+
+def dual(x, labels, alpha, margin):
+    """The same number as a transport problem whose marginal densities may grow where the hinge is active."""
+    positive, negative = x[labels > 0], x[labels <= 0]
+    p = len(positive) / len(x)
+    plan = (len(positive), len(negative))
+    marginals = np.concatenate(
+        [
+            np.kron(np.eye(plan[0]), np.ones(plan[1])) * plan[0],
+            np.kron(np.ones(plan[0]), np.eye(plan[1])) * plan[1],
+        ]
+    )
+    upper = np.repeat([1 + p * alpha, 1 + (1 - p) * alpha], plan)
+    solution = linprog(
+        (distances(positive, negative) - 2 * margin).ravel(),
+        A_ub=np.concatenate([marginals, -marginals]),
+        b_ub=np.concatenate([upper, -np.ones(len(x))]),
+    )
+    assert solution.status == 0, solution.message
+    return -(solution.fun + 2 * margin)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1.0, 10.0])
+@pytest.mark.parametrize("positives", [7, 15])
+def test_primal_equals_dual(alpha, positives):
+    x = np.random.default_rng(positives).normal(size=(30, 2))
+    labels = (np.arange(30) < positives).astype(int)
+    x[labels > 0, 0] += 1.0
+    assert primal(x, labels, alpha, MARGIN) == pytest.approx(dual(x, labels, alpha, MARGIN), abs=1e-6)
+
+
+def test_two_points_have_a_known_optimum():
+    # f = (1, -1) at distance 2: KR is -2, and a hinge of margin 1.5 costs 0.5 at each point.
+    x, labels = np.array([[1.0], [-1.0]]), np.array([1, 0])
+    assert primal(x, labels, 10.0, 1.5) == pytest.approx(10.0 * 0.5 - 2.0)
+
+
+def test_a_trained_network_reaches_the_optimum_and_never_passes_it():
+    x, y = make_moons(200, noise=0.1, random_state=0)
+    x = x.astype("float32")
+    optimum = primal(x.astype("float64"), y, ALPHA, MARGIN)
+    assert optimum < -0.3
+
+    keras.utils.set_random_seed(0)
+    network = [keras.Input((2,))]
+    for units in (64, 64, 32):
+        network += [hkr.layers.LipschitzDense(units), hkr.layers.GroupSort(2)]
+    model = keras.Sequential([*network, hkr.layers.LipschitzDense(1)])
+    epochs = 1000
+    rate = keras.optimizers.schedules.CosineDecay(1e-2, epochs)
+    loss = hkr.losses.HKR(ALPHA, MARGIN)
+    model.compile(keras.optimizers.Adam(rate), loss)
+    polish = hkr.callbacks.Orthonormalize(every="train_end")
+    model.fit(x, y, batch_size=200, epochs=epochs, shuffle=False, verbose=0, callbacks=[polish])
+
+    reached = float(loss(y, model.predict(x, verbose=0)))
+    assert hkr.lipschitz_bound(model) <= 1 + 1e-5
+    assert reached >= optimum - 1e-4
+    assert -reached >= 0.97 * -optimum, f"{reached} of {optimum}"
