@@ -90,7 +90,9 @@ def main() -> None:
     parser.add_argument("--json", help="append the figures to this file, one JSON object per line")
     arguments = parser.parse_args()
     backend = keras.backend.backend()
-    versions = f"Keras {keras.__version__}, {backend} {__import__(backend).__version__}, Python {platform.python_version()}"
+    versions = (
+        f"Keras {keras.__version__}, {backend} {__import__(backend).__version__}, Python {platform.python_version()}"
+    )
     table = Table(title=f"Training step, {os.cpu_count()} x {platform.machine()} CPU cores; {versions}")
     for column in ("network", "batch", "plain Keras, ms", "hkr_keras, ms", "ratio"):
         table.add_column(column, justify="left" if column == "network" else "right")

@@ -17,12 +17,12 @@ _MULTICLASS_LOSSES = {
     "soft_hkr": lambda: hkr.losses.SoftHKR(alpha=50, margin=0.5),
     "log_sum_exp_hkr": lambda: hkr.losses.LogSumExpHKR(alpha=50, margin=0.5),
     "crossentropy": lambda: hkr.losses.MarginCrossentropy(temperature=10, margin=0.5),
-    "kr": lambda: hkr.losses.MulticlassKR(),
+    "kr": hkr.losses.MulticlassKR,
     "hinge": lambda: hkr.losses.MulticlassHinge(margin=0.5),
 }
 _BINARY_LOSSES = {
     "hkr": lambda: hkr.losses.HKR(alpha=10, margin=0.3),
-    "kr": lambda: hkr.losses.KR(),
+    "kr": hkr.losses.KR,
     "hinge": lambda: hkr.losses.HingeMargin(margin=0.3),
 }
 _DEFAULTS = {  # epochs, batch size
@@ -84,7 +84,8 @@ def demo(dataset: str, epochs: int | None, loss: str, seed: int, output: pathlib
         "mean certified radius": certificate.mean_radius(data.y_test),
         "proven Lipschitz constant": certificate.bound,
     }
-    table = Table(title=f"{dataset}: {len(data.x_test)} test inputs, loss {loss}, {epochs} epochs, Keras on {keras.backend.backend()}")
+    backend = keras.backend.backend()
+    table = Table(title=f"{dataset}: {len(data.x_test)} test inputs, loss {loss}, {epochs} epochs, {backend}")
     table.add_column("")
     table.add_column("value", justify="right")
     for name, value in result.items():
@@ -95,7 +96,8 @@ def demo(dataset: str, epochs: int | None, loss: str, seed: int, output: pathlib
     model.save(output / "model.keras")
     (output / "certificate.json").write_text(certificate.to_json())
     _draw(model, data, certificate, output)
-    print(f"Model, certificate and pictures are in {output.resolve()}: {', '.join(sorted(p.name for p in output.iterdir()))}")
+    names = ", ".join(sorted(path.name for path in output.iterdir()))
+    print(f"Model, certificate and pictures are in {output.resolve()}: {names}")
     return result
 
 

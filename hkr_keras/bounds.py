@@ -49,7 +49,8 @@ def host(variable) -> np.ndarray:
     if not np.isfinite(array).all():
         raise ValueError(
             "Expected finite weights. "
-            f"Received: {getattr(variable, 'path', 'weights')} with {np.sum(~np.isfinite(array))} NaN or infinite entries"
+            f"Received: {getattr(variable, 'path', 'weights')} with "
+            f"{np.sum(~np.isfinite(array))} NaN or infinite entries"
         )
     return array
 
@@ -485,12 +486,13 @@ def flow_through(layer, flows: list[Flow], shapes: list | None = None, visit: Vi
         shapes: of the inputs, when known.
         visit: called with `(layer, input flows, output flow)` after every layer.
     """
-    if isinstance(layer, keras.Sequential):
+    is_model = isinstance(layer, keras.Model) and type(layer) not in layer_bound.registry
+    if is_model and isinstance(layer, keras.Sequential):
         _check_is_plain_model(layer, keras.Sequential)
         for inner in layer.layers:
             flows = flow_through(inner, flows, visit=visit)
         return flows
-    if isinstance(layer, keras.Model):
+    if is_model:
         return _flow_through_graph(layer, flows, visit)
     if len(flows) == 1:
         output = _flow_through_layer(layer, flows[0])
@@ -524,14 +526,13 @@ def _flow_through_layer(layer, flow: Flow) -> Flow:
 
 
 def _check_is_plain_model(model, cls) -> None:
-    if type(model).call is not cls.call or "call" in vars(model):
+    """Refuses a model whose `call` is its own: the graph does not tell what it computes."""
+    if cls is None or type(model).call is not cls.call or "call" in vars(model):
         layer_bound.dispatch(object)(model)
 
 
 def _flow_through_graph(model, flows: list[Flow], visit: Visit | None) -> list[Flow]:
     functional = next((cls for cls in type(model).__mro__ if cls.__name__ == "Functional"), None)
-    if functional is None:  # a subclassed model: its graph is not known
-        return [_flow_through_layer(model, *flows)] if type(model) in layer_bound.registry else layer_bound.dispatch(object)(model)
     _check_is_plain_model(model, functional)
     known = {id(tensor): flow for tensor, flow in zip(model.inputs, flows, strict=True)}
     for depth in sorted(model._nodes_by_depth, reverse=True):
@@ -596,7 +597,7 @@ def lipschitz_bound(model) -> float:
     Reference:
         Gouk et al., Machine Learning 110 (2021), for the composition of bounds.
     """
-    if isinstance(model, keras.Model):
+    if isinstance(model, keras.Model) and type(model) not in layer_bound.registry:
         outputs = model_flows(model)
         return float(np.linalg.norm([output.constant for output in outputs])) * (1 + 8 * _EPSILON)
     _check_not_overridden(model, layer_bound.registry)

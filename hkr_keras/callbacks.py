@@ -48,7 +48,9 @@ class Orthonormalize(keras.callbacks.Callback):
         super().__init__()
         is_number = isinstance(every, int) and not isinstance(every, bool) and every >= 1
         if not is_number and every not in ("batch", "epoch", "train_end"):
-            raise ValueError(f"Expected 'batch', 'epoch', 'train_end' or an integer of at least 1. Received: every={every}")
+            raise ValueError(
+                f"Expected 'batch', 'epoch', 'train_end' or an integer of at least 1. Received: every={every}"
+            )
         self.every = every
         self._period = every if isinstance(every, int) else {"batch": 1}.get(every)
         self._batches = 0

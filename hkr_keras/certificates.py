@@ -178,10 +178,12 @@ def certify(model, x, batch_size: int = 128, verbose="auto") -> Certificate:
 
     if logits.ndim == 1 or logits.shape[1] == 1:
         layer = last.get(id(flows[0]))
-        if getattr(layer, "activation", None) in _ONE_SIDED or isinstance(layer, (keras.layers.ReLU, keras.layers.Softmax)):
+        if getattr(layer, "activation", None) in _ONE_SIDED or isinstance(
+            layer, (keras.layers.ReLU, keras.layers.Softmax)
+        ):
             raise ValueError(
                 "Expected a raw score, whose sign is the class: remove the final activation. "
-                f"Received: a single output that ends in '{layer.name}'"
+                f"Received: a single output that ends in '{getattr(layer, 'name', '')}'"
             )
         scores = logits.reshape(-1)
         return Certificate(np.abs(scores) / bound, (scores > 0).astype(np.int64), bound, 1, "score")

@@ -61,7 +61,9 @@ def load(name: str, seed: int = 0) -> Dataset:
             f"which need no network. ({error})"
         ) from error
     images = [(x.reshape(*x.shape[:3], -1) / np.float32(255)).astype("float32") for x in (x_train, x_test)]
-    return Dataset(name, images[0], y_train.reshape(-1).astype("int64"), images[1], y_test.reshape(-1).astype("int64"), 10)
+    return Dataset(
+        name, images[0], y_train.reshape(-1).astype("int64"), images[1], y_test.reshape(-1).astype("int64"), 10
+    )
 
 
 def _embedded(name: str, seed: int) -> Dataset:

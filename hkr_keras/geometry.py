@@ -72,9 +72,7 @@ def overlap(window, strides, dilation) -> int:
     >>> overlap((3, 3), (1, 1), (1, 1)), overlap((3,), (2,), (1,))
     (9, 2)
     """
-    return math.prod(
-        -(-k // (s // math.gcd(s, d))) for k, s, d in zip(window, strides, dilation, strict=True)
-    )
+    return math.prod(-(-k // (s // math.gcd(s, d))) for k, s, d in zip(window, strides, dilation, strict=True))
 
 
 def _convolution(layer, **kwargs) -> Geometry:

@@ -132,28 +132,25 @@ def _combine(alpha: float, hinges: Tensor, kr_values: Tensor) -> Tensor:
     return hinges if math.isinf(alpha) else alpha * hinges + kr_values
 
 
-def _number(name: str, value, lowest: float, strict: bool = False, finite: bool = True) -> float:
-    """The value as a float, after checking its range."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
-    if not is_number or value < lowest or (strict and value == lowest) or (finite and math.isinf(value)):
-        sign, kind = (">" if strict else ">="), ("a finite number" if finite else "a number (math.inf allowed)")
-        raise ValueError(f"Expected {name} to be {kind} {sign} {lowest}. Received: {name}={value}")
-    return float(value)
-
-
 _CHECKS = {
-    "alpha": lambda value: _number("alpha", value, 0.0, finite=False),
-    "margin": lambda value: _number("margin", value, 0.0),
-    "temperature": lambda value: _number("temperature", value, 0.0, strict=True),
+    "alpha": lambda value: margins.number("alpha", value, finite=False),
+    "margin": lambda value: margins.number("margin", value),
+    "temperature": lambda value: margins.number("temperature", value, strict=True),
 }
 
 
 class _WeightedLoss(keras.Loss):
     """A loss whose values need the sample weights: they travel to `values` beside the labels."""
 
+    alpha: float
+    margin: float
+    temperature: float
+
     def __init__(self, *, reduction="mean_with_sample_weight", name=None, dtype=None, **parameters):
         super().__init__(name=name, reduction=reduction, dtype=dtype)
-        self._parameters = {key: _CHECKS[key](value) for key, value in parameters.items()}
+        self._parameters = tuple(parameters)
+        for key, value in parameters.items():
+            setattr(self, key, _CHECKS[key](value))
 
     def __call__(self, y_true, y_pred, sample_weight=None):
         y_true, y_pred = ops.convert_to_tensor(y_true), ops.convert_to_tensor(y_pred)
@@ -164,13 +161,13 @@ class _WeightedLoss(keras.Loss):
 
     def call(self, y_true, y_pred):
         labels, sample_weight = y_true if isinstance(y_true, tuple) else (y_true, None)
-        return self.values(labels, y_pred, sample_weight, **self._parameters)
+        return self.values(labels, y_pred, sample_weight)
 
-    def values(self, y_true, y_pred, sample_weight, **parameters):
+    def values(self, y_true, y_pred, sample_weight):
         raise NotImplementedError
 
     def get_config(self):
-        return {**super().get_config(), **self._parameters}
+        return {**super().get_config(), **{key: getattr(self, key) for key in self._parameters}}
 
 
 @export
@@ -222,8 +219,8 @@ class HingeMargin(_WeightedLoss):
     def __init__(self, margin=1.0, reduction="mean_with_sample_weight", name="hinge_margin", dtype=None):
         super().__init__(margin=margin, reduction=reduction, name=name, dtype=dtype)
 
-    def values(self, y_true, y_pred, sample_weight, margin):
-        return hinge(y_true, y_pred, margin)
+    def values(self, y_true, y_pred, sample_weight):
+        return hinge(y_true, y_pred, self.margin)
 
 
 @export
@@ -255,8 +252,8 @@ class HKR(_WeightedLoss):
     def __init__(self, alpha=50.0, margin=0.5, reduction="mean_with_sample_weight", name="hkr", dtype=None):
         super().__init__(alpha=alpha, margin=margin, reduction=reduction, name=name, dtype=dtype)
 
-    def values(self, y_true, y_pred, sample_weight, alpha, margin):
-        return _combine(alpha, hinge(y_true, y_pred, margin), kr(y_true, y_pred, sample_weight))
+    def values(self, y_true, y_pred, sample_weight):
+        return _combine(self.alpha, hinge(y_true, y_pred, self.margin), kr(y_true, y_pred, sample_weight))
 
 
 @export
@@ -300,8 +297,8 @@ class MulticlassHinge(_WeightedLoss):
     def __init__(self, margin=1.0, reduction="mean_with_sample_weight", name="multiclass_hinge", dtype=None):
         super().__init__(margin=margin, reduction=reduction, name=name, dtype=dtype)
 
-    def values(self, y_true, y_pred, sample_weight, margin):
-        return multiclass_hinge(y_true, y_pred, margin)
+    def values(self, y_true, y_pred, sample_weight):
+        return multiclass_hinge(y_true, y_pred, self.margin)
 
 
 @export
@@ -328,8 +325,9 @@ class MulticlassHKR(_WeightedLoss):
     def __init__(self, alpha=50.0, margin=0.5, reduction="mean_with_sample_weight", name="multiclass_hkr", dtype=None):
         super().__init__(alpha=alpha, margin=margin, reduction=reduction, name=name, dtype=dtype)
 
-    def values(self, y_true, y_pred, sample_weight, alpha, margin):
-        return _combine(alpha, multiclass_hinge(y_true, y_pred, margin), multiclass_kr(y_true, y_pred, sample_weight))
+    def values(self, y_true, y_pred, sample_weight):
+        hinges = multiclass_hinge(y_true, y_pred, self.margin)
+        return _combine(self.alpha, hinges, multiclass_kr(y_true, y_pred, sample_weight))
 
 
 @export
@@ -357,8 +355,8 @@ class SoftHKR(_WeightedLoss):
         parameters = {"alpha": alpha, "margin": margin, "temperature": temperature}
         super().__init__(**parameters, reduction=reduction, name=name, dtype=dtype)
 
-    def values(self, y_true, y_pred, sample_weight, **parameters):
-        return soft_hkr(y_true, y_pred, **parameters)
+    def values(self, y_true, y_pred, sample_weight):
+        return soft_hkr(y_true, y_pred, self.alpha, self.margin, self.temperature)
 
 
 @export
@@ -390,8 +388,8 @@ class LogSumExpHKR(_WeightedLoss):
         parameters = {"alpha": alpha, "margin": margin, "temperature": temperature}
         super().__init__(**parameters, reduction=reduction, name=name, dtype=dtype)
 
-    def values(self, y_true, y_pred, sample_weight, **parameters):
-        return log_sum_exp_hkr(y_true, y_pred, **parameters)
+    def values(self, y_true, y_pred, sample_weight):
+        return log_sum_exp_hkr(y_true, y_pred, self.alpha, self.margin, self.temperature)
 
 
 @export
@@ -423,5 +421,5 @@ class MarginCrossentropy(_WeightedLoss):
     ):
         super().__init__(temperature=temperature, margin=margin, reduction=reduction, name=name, dtype=dtype)
 
-    def values(self, y_true, y_pred, sample_weight, **parameters):
-        return margin_crossentropy(y_true, y_pred, **parameters)
+    def values(self, y_true, y_pred, sample_weight):
+        return margin_crossentropy(y_true, y_pred, self.temperature, self.margin)

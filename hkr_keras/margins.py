@@ -6,12 +6,31 @@ or {-1, +1}. Multiclass models put out logits `(n, classes)`; labels are integer
 """
 
 import math
+import numbers
 from typing import Any
 
 import numpy as np
 from keras import ops
 
 Tensor = Any
+
+
+def number(name: str, value, lowest: float = 0.0, strict: bool = False, finite: bool = True) -> float:
+    """The value as a float, after checking its range.
+
+    Raises:
+        ValueError: for what is not a number, NaN, or out of range.
+
+    Example:
+
+    >>> number("margin", 1)
+    1.0
+    """
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool) and not math.isnan(value)
+    if not is_number or value < lowest or (strict and value == lowest) or (finite and math.isinf(value)):
+        sign, kind = (">" if strict else ">="), ("a finite number" if finite else "a number (math.inf allowed)")
+        raise ValueError(f"Expected {name} to be {kind} {sign} {lowest}. Received: {name}={value}")
+    return float(value)
 
 
 def is_binary(y_pred: Tensor) -> bool:
@@ -22,9 +41,7 @@ def is_binary(y_pred: Tensor) -> bool:
     """
     shape = tuple(y_pred.shape)
     if len(shape) not in (1, 2):
-        raise ValueError(
-            "Expected predictions of shape (n,), (n, 1) or (n, classes). " f"Received: y_pred.shape={shape}"
-        )
+        raise ValueError(f"Expected predictions of shape (n,), (n, 1) or (n, classes). Received: y_pred.shape={shape}")
     return len(shape) == 1 or shape[1] == 1
 
 
@@ -46,11 +63,13 @@ def sample_weights(sample_weight, like: Tensor) -> Tensor:
     """Sample weights `(n,)` of the dtype of `like`; ones for `None`.
 
     Raises:
-        ValueError: for another shape than `(n,)` and `(n, 1)`.
+        ValueError: for another shape than `(n,)` and `(n, 1)`, or another length than that of `like`.
     """
     if sample_weight is None:
         return ops.ones_like(like)
-    return ops.cast(flat(ops.convert_to_tensor(sample_weight), "sample_weight"), like.dtype)
+    weights = flat(ops.convert_to_tensor(sample_weight), "sample_weight")
+    _check_length(weights, like, "sample_weight")
+    return ops.cast(weights, like.dtype)
 
 
 def signed_scores(y_true: Tensor, y_pred: Tensor) -> tuple[Tensor, Tensor]:
@@ -120,12 +139,12 @@ def class_indices(y_true, classes: int) -> np.ndarray:
     return (labels > 0).astype(np.int64) if classes == 1 else labels.astype(np.int64)
 
 
-def _check_length(y_true: Tensor, y_pred: Tensor) -> None:
-    expected, received = y_pred.shape[0], y_true.shape[0]
+def _check_length(values: Tensor, y_pred: Tensor, name: str = "y_true") -> None:
+    expected, received = y_pred.shape[0], values.shape[0]
     if expected is not None and received is not None and expected != received:
         raise ValueError(
-            "Expected as many labels as predictions. "
-            f"Received: y_true.shape={tuple(y_true.shape)}, y_pred.shape={tuple(y_pred.shape)}"
+            f"Expected {name} to be as long as the predictions. "
+            f"Received: {name}.shape={tuple(values.shape)}, y_pred.shape={tuple(y_pred.shape)}"
         )
 
 

@@ -1,7 +1,5 @@
 """Metrics of robustness: thin `keras.Metric` classes over `margins.py`."""
 
-import math
-
 import keras
 from keras import ops
 
@@ -55,12 +53,11 @@ class _RadiusMetric(keras.metrics.Mean):
     _direction = "up"
 
     def __init__(self, lipschitz, head, name, dtype):
-        if not isinstance(lipschitz, (int, float)) or not 0 < lipschitz < math.inf:
-            raise ValueError(f"Expected a finite number above 0. Received: lipschitz={lipschitz}")
+        lipschitz = margins.number("lipschitz", lipschitz, strict=True)
         if head not in margins.HEAD_FACTORS:
             raise ValueError(f"Expected one of {sorted(margins.HEAD_FACTORS)}. Received: head={head}")
         super().__init__(name=name, dtype=dtype)
-        self.lipschitz = float(lipschitz)
+        self.lipschitz = lipschitz
         self.head = head
 
     def update_state(self, y_true, y_pred, sample_weight=None):
@@ -99,10 +96,8 @@ class CertifiedAccuracy(_RadiusMetric):
     """
 
     def __init__(self, epsilon=0.0, lipschitz=1.0, head="unit_norm", name="certified_accuracy", dtype=None):
-        if not isinstance(epsilon, (int, float)) or not 0 <= epsilon < math.inf:
-            raise ValueError(f"Expected a finite number of at least 0. Received: epsilon={epsilon}")
         super().__init__(lipschitz, head, name, dtype)
-        self.epsilon = float(epsilon)
+        self.epsilon = margins.number("epsilon", epsilon)
 
     def _value(self, radius):
         return ops.cast(radius > self.epsilon, radius.dtype)

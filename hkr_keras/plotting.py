@@ -53,7 +53,9 @@ def plot_certified_accuracy(certificate: Certificate, y, ax=None, label=None, co
     for epsilon in marks:
         value = certificate.accuracy(y, epsilon)
         ax.plot([epsilon], [value], "o", color=color, markersize=5)
-        ax.annotate(f"{value:.1%} at {epsilon:g}", (epsilon, value), (7, 4), textcoords="offset points", color=_INK, fontsize=9)
+        ax.annotate(
+            f"{value:.1%} at {epsilon:g}", (epsilon, value), (7, 4), textcoords="offset points", color=_INK, fontsize=9
+        )
     ax.set(xlabel="L2 radius of the perturbation", ylabel="certified accuracy", ylim=(0, 1.02))
     ax.set_xlim(0, max(1e-6, float(radius.max())) * 1.02)
     ax.spines[["top", "right"]].set_visible(False)
@@ -125,7 +127,9 @@ def plot_singular_values(model, ax=None):
             names.append(layer.name)
             spectra.append(bounds.kernel_spectrum(layer, name))
     for i, spectrum in enumerate(spectra):
-        ax.plot([spectrum.smallest, spectrum.largest], [i, i], color=_BLUE, linewidth=5, alpha=0.5, solid_capstyle="butt")
+        ax.plot(
+            [spectrum.smallest, spectrum.largest], [i, i], color=_BLUE, linewidth=5, alpha=0.5, solid_capstyle="butt"
+        )
         ax.plot([spectrum.bound], [i], "|", color=_ORANGE, markersize=14, markeredgewidth=2)
     ax.set(yticks=range(len(names)), yticklabels=names, xlabel="singular values, and the proven bound (mark)")
     ax.invert_yaxis()

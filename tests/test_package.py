@@ -47,7 +47,11 @@ def test_public_classes_have_an_example(cls):
 
 @pytest.mark.parametrize(
     "cls",
-    [cls for cls in CLASSES if issubclass(cls, (keras.layers.Layer, keras.Loss, keras.Metric, keras.constraints.Constraint))],
+    [
+        cls
+        for cls in CLASSES
+        if issubclass(cls, (keras.layers.Layer, keras.Loss, keras.Metric, keras.constraints.Constraint))
+    ],
     ids=lambda cls: cls.__name__,
 )
 def test_stored_names(cls):
@@ -63,5 +67,7 @@ def test_import_needs_neither_extras_nor_other_backends():
         "import sys, keras; before = set(sys.modules); import hkr_keras; "
         f"print([name for name in {unwanted + others!r} if name in set(sys.modules) - before])"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ})
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ}
+    )
     assert result.stdout.strip().splitlines()[-1] == "[]"

@@ -1,5 +1,7 @@
 """The one seam between this package and Keras's own layers."""
 
+from typing import Any
+
 from hkr_keras import constraints
 from hkr_keras.geometry import kernel_geometries
 
@@ -10,12 +12,16 @@ class LipschitzLayer:
     The Keras layer behind it keeps its constructor, its forward pass and its config.
     """
 
+    name: Any
+
     def add_weight(self, *args, name=None, initializer=None, constraint=None, **kwargs):
         geometry = kernel_geometries(self).get(name)
         if geometry is not None:
             constraint = constraints.get(constraint).bind(geometry)
             initializer = constraint.after(initializer)
-        return super().add_weight(*args, name=name, initializer=initializer, constraint=constraint, **kwargs)
+        return super().add_weight(  # type: ignore[misc]
+            *args, name=name, initializer=initializer, constraint=constraint, **kwargs
+        )
 
     def enable_lora(self, rank, *args, **kwargs):
         raise ValueError(

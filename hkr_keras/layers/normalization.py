@@ -33,8 +33,7 @@ class LayerCentering(keras.layers.Layer):
         self.supports_masking = True
 
     def build(self, input_shape):
-        axes = (self.axis,) if isinstance(self.axis, int) else self.axis
-        axes = {axis % len(input_shape) for axis in axes}
+        axes = {axis % len(input_shape) for axis in ((self.axis,) if isinstance(self.axis, int) else self.axis)}
         if self.center:
             if 0 in axes or any(input_shape[axis] is None for axis in axes):
                 raise ValueError(

@@ -21,6 +21,11 @@ def _l2_norm(mean, inputs, cells):
 class _WindowPooling:
     """What the window layers share. Mixin before a Keras average pooling layer, which owns the constructor."""
 
+    pool_size: tuple[int, ...]
+    strides: tuple[int, ...]
+    padding: str
+    data_format: str
+
     def _cells(self) -> float:
         """Cells of a window over the largest number of windows that see one cell."""
         return math.prod(self.pool_size) / overlap(self.pool_size, self.strides, (1,) * len(self.pool_size))
@@ -46,6 +51,9 @@ class _L2Norm(_WindowPooling):
 
 class _GlobalPooling:
     """What the global layers share. Mixin before a Keras global average pooling layer."""
+
+    data_format: str
+    keepdims: bool
 
     def _spatial_axes(self, inputs):
         rank = len(inputs.shape)

@@ -1,0 +1,95 @@
+"""What the tests measure with: explicit operators, random pairs, gradients."""
+
+import keras
+import numpy as np
+
+BACKEND = keras.backend.backend()
+
+
+def to_numpy(tensor, dtype="float64"):
+    """A weight or an output on the host."""
+    tensor = keras.ops.convert_to_tensor(tensor)
+    if keras.backend.standardize_dtype(tensor.dtype) in ("float16", "bfloat16"):
+        tensor = keras.ops.cast(tensor, "float32")
+    return np.asarray(keras.ops.convert_to_numpy(tensor), dtype=dtype)
+
+
+def normal(shape, seed=0, scale=1.0):
+    return (scale * np.random.default_rng(seed).standard_normal(shape)).astype("float32")
+
+
+def flat(array):
+    return np.reshape(array, (len(array), -1))
+
+
+def largest_singular_value(matrices):
+    return float(np.linalg.svd(np.asarray(matrices, "float64"), compute_uv=False).max())
+
+
+def explicit_operator(function, input_shape, batch=512):
+    """The matrix `(inputs, outputs)` of an affine function on arrays of `input_shape`, without its bias."""
+    size = int(np.prod(input_shape))
+    zero = flat(to_numpy(function(np.zeros((1, *input_shape), "float32"))))
+    rows = []
+    for start in range(0, size, batch):
+        basis = np.eye(size, dtype="float32")[start : start + batch].reshape(-1, *input_shape)
+        rows.append(flat(to_numpy(function(basis))) - zero)
+    return np.concatenate(rows)
+
+
+def operator_norm(layer, input_shape):
+    """The exact norm of the linear part of a float32 layer on inputs of that shape."""
+    return largest_singular_value(explicit_operator(layer, input_shape))
+
+
+def largest_ratio(function, x, z):
+    """The largest `|f(x) - f(z)| / |x - z|` over a batch of pairs."""
+    difference = flat(to_numpy(function(x)) - to_numpy(function(z)))
+    return float(np.max(np.linalg.norm(difference, axis=1) / np.linalg.norm(flat(x.astype("float64") - z), axis=1)))
+
+
+def check_layer(layer, input_shape, constant=1.0, pairs=32):
+    """The layer is Lipschitz on random pairs, far and near, and comes back equal from its config."""
+    x = normal((pairs, *input_shape), seed=1)
+    outputs = to_numpy(layer(x))
+    assert outputs.shape == tuple(layer.compute_output_shape(x.shape))
+    for distance, tolerance in ((1.0, 1e-5), (1e-2, 1e-4)):
+        assert largest_ratio(layer, x, x + normal(x.shape, seed=2, scale=distance)) <= constant * (1 + tolerance)
+
+    config = layer.get_config()
+    copy = type(layer).from_config(config)
+    assert copy.get_config() == config
+    copy.build(x.shape)
+    copy.set_weights(layer.get_weights())
+    np.testing.assert_allclose(to_numpy(copy(x)), outputs, atol=1e-6)
+    return layer
+
+
+def gradient(function, x):
+    """The gradient of the sum of the outputs with respect to the inputs."""
+    if BACKEND == "jax":
+        import jax
+
+        return np.asarray(jax.grad(lambda a: keras.ops.sum(function(a)))(x))
+    x = keras.ops.convert_to_tensor(x)
+    if BACKEND == "torch":
+        x = x.clone().requires_grad_(True)
+        keras.ops.sum(function(x)).backward()
+        return x.grad.cpu().numpy()
+    import tensorflow as tf
+
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        total = keras.ops.sum(function(x))
+    return tape.gradient(total, x).numpy()
+
+
+def adam_steps(layer, learning_rate, steps=3, seed=0):
+    """Steps of the real optimizer with random gradients: constraints run where Keras runs them."""
+    optimizer = keras.optimizers.Adam(learning_rate)
+    for step in range(steps):
+        gradients = [
+            keras.ops.convert_to_tensor(normal(variable.shape, seed=1000 * seed + 10 * step + i))
+            for i, variable in enumerate(layer.trainable_variables)
+        ]
+        optimizer.apply(gradients, layer.trainable_variables)

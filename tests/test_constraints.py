@@ -1,0 +1,177 @@
+import keras
+import numpy as np
+import pytest
+from helpers import adam_steps, largest_singular_value, normal, operator_norm, to_numpy
+
+import hkr_keras as hkr
+from hkr_keras.constraints import Orthonormal, SpectralBall, UnitNorm
+from hkr_keras.constraints import get as get_constraint
+from hkr_keras.geometry import Geometry
+
+CONSTRAINTS = [Orthonormal, SpectralBall, UnitNorm]
+
+UNIT_LAYERS = [
+    # layer, input shape, axes of its kernel along which the weights of one output run
+    (lambda c: hkr.layers.LipschitzDense(5, kernel_constraint=c), (4,), (0,)),
+    (lambda c: hkr.layers.LipschitzConv1D(4, 3, groups=2, kernel_constraint=c), (8, 4), (0, 1)),
+    (lambda c: hkr.layers.LipschitzConv2D(5, (2, 3), kernel_constraint=c), (5, 5, 2), (0, 1, 2)),
+    (lambda c: hkr.layers.LipschitzConv3D(3, 2, kernel_constraint=c), (3, 3, 3, 2), (0, 1, 2, 3)),
+    (lambda c: hkr.layers.LipschitzConv1DTranspose(5, 3, kernel_constraint=c), (6, 2), (0, 2)),
+    (lambda c: hkr.layers.LipschitzConv2DTranspose(5, 3, kernel_constraint=c), (4, 4, 2), (0, 1, 3)),
+    (lambda c: hkr.layers.LipschitzDepthwiseConv1D(3, depth_multiplier=2, depthwise_constraint=c), (6, 2), (0,)),
+    (lambda c: hkr.layers.LipschitzDepthwiseConv2D(3, depth_multiplier=2, depthwise_constraint=c), (5, 5, 2), (0, 1)),
+]
+
+
+@pytest.mark.parametrize("cls", CONSTRAINTS)
+def test_bind_returns_a_bound_copy_that_survives_its_config(cls):
+    free, geometry = cls(), Geometry(groups=2, gain=3.0)
+    bound = free.bind(geometry)
+    assert type(bound) is cls
+    assert free.geometry is None
+    assert bound.geometry == geometry
+    stored = keras.saving.serialize_keras_object(bound)
+    copy = keras.saving.deserialize_keras_object(stored)
+    assert type(copy) is cls
+    assert copy.geometry == geometry
+    assert stored["registered_name"] == f"hkr_keras>{cls.__name__}"
+
+
+@pytest.mark.parametrize("cls", CONSTRAINTS)
+def test_unbound_constraint_works_on_dense_and_is_refused_on_convolutions(cls):
+    dense = keras.layers.Dense(4, kernel_constraint=cls())
+    dense.build((None, 6))
+    adam_steps(dense, 1.0)
+    kernel = to_numpy(dense.kernel)
+    norms = np.linalg.norm(kernel, axis=0)
+    assert norms.max() <= 1 + 1e-6
+    if cls is not UnitNorm:
+        assert largest_singular_value(kernel) <= 1 + 1e-6
+    with pytest.raises(ValueError, match=r"Received: kernel\.shape=\(3, 3, 2, 4\)"):
+        cls()(np.zeros((3, 3, 2, 4), "float32"))
+
+
+@pytest.mark.parametrize(
+    "constraint", ["max_norm", "unit_norm", "non_neg", keras.constraints.MaxNorm(2.0), keras.constraints.UnitNorm()]
+)
+@pytest.mark.parametrize(
+    ("cls", "arguments", "name", "shape"),
+    [
+        (hkr.layers.LipschitzDense, {"units": 3}, "kernel_constraint", (None, 4)),
+        (hkr.layers.LipschitzConv2D, {"filters": 3, "kernel_size": 3}, "kernel_constraint", (None, 5, 5, 2)),
+        (hkr.layers.LipschitzDepthwiseConv1D, {"kernel_size": 3}, "depthwise_constraint", (None, 5, 2)),
+        (
+            hkr.layers.LipschitzSeparableConv1D,
+            {"filters": 3, "kernel_size": 3},
+            "pointwise_constraint",
+            (None, 5, 2),
+        ),
+    ],
+)
+def test_foreign_constraints_are_refused(cls, arguments, name, shape, constraint):
+    with pytest.raises(ValueError, match="Received: constraint="):
+        cls(**arguments, **{name: constraint}).build(shape)
+
+
+def test_get():
+    assert type(get_constraint(None)) is Orthonormal
+    ball = SpectralBall()
+    assert get_constraint(ball) is ball
+
+
+def test_a_foreign_bias_constraint_is_kept():
+    layer = hkr.layers.LipschitzDense(3, bias_constraint="non_neg")
+    layer.build((None, 4))
+    assert isinstance(layer.bias.constraint, keras.constraints.NonNeg)
+
+
+@pytest.mark.parametrize("cls", CONSTRAINTS)
+def test_layer_config_keeps_what_the_user_passed(cls):
+    layer = hkr.layers.LipschitzConv1D(4, 3, kernel_constraint=cls())
+    layer.build((None, 8, 2))
+    copy = hkr.layers.LipschitzConv1D.from_config(layer.get_config())
+    assert copy.get_config() == layer.get_config()
+    assert type(copy.kernel_constraint) is cls
+    assert copy.kernel_constraint.geometry is None
+    default = hkr.layers.LipschitzConv1D(4, 3)
+    default.build((None, 8, 2))
+    assert default.get_config()["kernel_constraint"] is None
+
+
+def small_model():
+    return keras.Sequential(
+        [
+            keras.Input((6, 6, 2)),
+            hkr.layers.LipschitzConv2D(4, 3, padding="same", kernel_constraint=SpectralBall()),
+            hkr.layers.GroupSort(2),
+            hkr.layers.LipschitzDepthwiseConv2D(3),
+            keras.layers.Flatten(),
+            hkr.layers.LipschitzDense(8),
+            hkr.layers.LipschitzDense(3, kernel_constraint=UnitNorm()),
+        ]
+    )
+
+
+@pytest.mark.parametrize("how", ["save", "clone"])
+def test_models_keep_their_bound_constraints(how, tmp_path):
+    model = small_model()
+    if how == "save":
+        model.save(tmp_path / "model.keras")
+        copy = keras.models.load_model(tmp_path / "model.keras")
+    else:
+        copy = keras.models.clone_model(model)
+        copy.set_weights(model.get_weights())
+    x = normal((4, 6, 6, 2))
+    np.testing.assert_allclose(to_numpy(copy(x)), to_numpy(model(x)), atol=1e-6)
+    for old, new in zip(model.trainable_variables, copy.trainable_variables, strict=True):
+        assert type(new.constraint) is type(old.constraint)
+        assert getattr(new.constraint, "geometry", None) == getattr(old.constraint, "geometry", None)
+    assert sum(variable.constraint is not None for variable in copy.trainable_variables) == 4
+
+
+@pytest.mark.parametrize(
+    ("geometry", "shape"),
+    [
+        (Geometry(), (12, 7)),
+        (Geometry(), (7, 12)),
+        (Geometry(), (40, 40)),
+        (Geometry(gain=3.0), (3, 3, 4, 8)),
+        (Geometry(groups=2, gain=3**0.5), (3, 2, 8)),
+        (Geometry(depthwise=True, gain=3.0), (3, 3, 5, 2)),
+        (Geometry(), (9, 1)),
+    ],
+)
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_polish_reaches_full_precision(geometry, shape, scale):
+    kernel = Orthonormal().bind(geometry).polish(normal(shape, scale=scale))
+    blocks = to_numpy(geometry.to_matrices(kernel)) * geometry.gain
+    if blocks.shape[1] < blocks.shape[2]:
+        blocks = blocks.swapaxes(1, 2)
+    gram = blocks.swapaxes(1, 2) @ blocks
+    assert np.abs(gram - np.eye(gram.shape[-1])).max() <= 2e-6
+
+
+@pytest.mark.parametrize(("make", "shape", "axes"), UNIT_LAYERS)
+def test_unit_norm_of_every_output_vector(make, shape, axes):
+    layer = make(UnitNorm())
+    layer.build((None, *shape))
+    for learning_rate in (None, 1.0):
+        if learning_rate is not None:
+            adam_steps(layer, learning_rate)
+        np.testing.assert_allclose(np.linalg.norm(to_numpy(layer.kernel).reshape(layer.kernel.shape), axis=axes)
+                                   if len(axes) <= 2 else np.sqrt((to_numpy(layer.kernel) ** 2).sum(axes)),
+                                   1.0, atol=1e-6)
+
+
+def test_unit_norm_head_may_have_a_norm_above_one_but_no_output_has():
+    head = hkr.layers.LipschitzDense(8, use_bias=False, kernel_constraint=UnitNorm(), kernel_initializer="ones")
+    head.build((None, 4))
+    assert operator_norm(head, (4,)) == pytest.approx(8**0.5, rel=1e-6)
+
+
+@pytest.mark.parametrize("cls", CONSTRAINTS)
+def test_zero_initializer(cls):
+    layer = hkr.layers.LipschitzDense(3, kernel_initializer="zeros", kernel_constraint=cls())
+    layer.build((None, 4))
+    expected = 1.0 if cls is Orthonormal else 0.0
+    assert largest_singular_value(to_numpy(layer.kernel)) == pytest.approx(expected, abs=1e-6)
