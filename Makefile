@@ -8,9 +8,9 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constra
 # One thread per worker: two workers on two cores, whatever the backend.
 ONE_THREAD = OMP_NUM_THREADS=1 TF_NUM_INTRAOP_THREADS=1 TF_NUM_INTEROP_THREADS=1 \
 	XLA_FLAGS="--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
-QUIET = TF_CPP_MIN_LOG_LEVEL=3 TF_ENABLE_ONEDNN_OPTS=0 PYTHONUNBUFFERED=1
+QUIET = TF_CPP_MIN_LOG_LEVEL=3 PYTHONUNBUFFERED=1
 
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint bench notebooks clean
 
 help:  ## What can be made
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -34,6 +34,12 @@ lint: $(VENV)/.installed-test  ## Style, types and the layer contract
 bench: $(VENV)/.installed-test  ## The cost of a training step on every backend
 	@set -e; for backend in $(BACKENDS); do \
 		KERAS_BACKEND=$$backend $(QUIET) $(BIN)/python benchmarks/step_cost.py; \
+	done
+
+notebooks: $(VENV)/.installed-test  ## Make the .ipynb files from their .py pairs, with outputs
+	@set -e; for script in notebooks/*.py; do \
+		$(BIN)/jupytext --quiet --to ipynb $$script; \
+		$(QUIET) TF_ENABLE_ONEDNN_OPTS=0 $(BIN)/jupyter execute --inplace $${script%.py}.ipynb; \
 	done
 
 $(VENV)/bin/python:

@@ -7,6 +7,7 @@ with `@hkr_keras.bounds.layer_bound.register(MyLayer)`, exactly as this module d
 
 import dataclasses
 import functools
+import io
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -648,10 +649,9 @@ class LipschitzSummary:
             table.add_row(row.layer, row.kind, *("" if number is None else f"{number:.6g}" for number in numbers))
         table.add_section()
         table.add_row("model", "", "", "", "", f"{self.bound:.6g}")
-        console = rich.console.Console(width=100, no_color=True)
-        with console.capture() as capture:
-            console.print(table)
-        return capture.get()
+        text = io.StringIO()
+        rich.console.Console(file=text, width=100, force_terminal=False, force_jupyter=False).print(table)
+        return text.getvalue()
 
 
 def _spectra(layer) -> Iterator[Spectrum]:

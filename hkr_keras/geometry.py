@@ -28,7 +28,7 @@ class Geometry:
 
     Example:
 
-    >>> Geometry(gain=3.0).to_matrices(keras.ops.zeros((3, 3, 4, 8))).shape[1:]
+    >>> tuple(Geometry(gain=3.0).to_matrices(keras.ops.zeros((3, 3, 4, 8))).shape[1:])
     (36, 8)
     """
 

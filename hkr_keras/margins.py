@@ -84,7 +84,7 @@ def signed_scores(y_true: Tensor, y_pred: Tensor) -> tuple[Tensor, Tensor]:
     y_true, y_pred = flat(y_true, "y_true"), flat(y_pred, "y_pred")
     _check_length(y_true, y_pred)
     one = ops.ones_like(y_pred)
-    return ops.where(y_true > 0, one, -one), y_pred
+    return ops.where(ops.cast(y_true, y_pred.dtype) > 0, one, -one), y_pred
 
 
 def one_hot(y_true: Tensor, y_pred: Tensor) -> Tensor:

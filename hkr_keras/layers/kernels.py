@@ -42,7 +42,7 @@ class LipschitzConv1D(LipschitzLayer, keras.layers.Conv1D):
     Example:
 
     >>> import numpy as np, hkr_keras as hkr
-    >>> hkr.layers.LipschitzConv1D(4, 3, padding="causal")(np.ones((2, 16, 3), "float32")).shape[1:]
+    >>> tuple(hkr.layers.LipschitzConv1D(4, 3, padding="causal")(np.ones((2, 16, 3), "float32")).shape[1:])
     (16, 4)
 
     Reference:
@@ -61,7 +61,7 @@ class LipschitzConv2D(LipschitzLayer, keras.layers.Conv2D):
     Example:
 
     >>> import numpy as np, hkr_keras as hkr
-    >>> hkr.layers.LipschitzConv2D(4, 3, padding="same")(np.ones((2, 8, 8, 3), "float32")).shape[1:]
+    >>> tuple(hkr.layers.LipschitzConv2D(4, 3, padding="same")(np.ones((2, 8, 8, 3), "float32")).shape[1:])
     (8, 8, 4)
     """
 
@@ -77,7 +77,7 @@ class LipschitzConv3D(LipschitzLayer, keras.layers.Conv3D):
     Example:
 
     >>> import numpy as np, hkr_keras as hkr
-    >>> hkr.layers.LipschitzConv3D(4, 2)(np.ones((2, 4, 4, 4, 3), "float32")).shape[1:]
+    >>> tuple(hkr.layers.LipschitzConv3D(4, 2)(np.ones((2, 4, 4, 4, 3), "float32")).shape[1:])
     (3, 3, 3, 4)
     """
 
@@ -94,7 +94,7 @@ class LipschitzConv1DTranspose(LipschitzLayer, keras.layers.Conv1DTranspose):
     Example:
 
     >>> import numpy as np, hkr_keras as hkr
-    >>> hkr.layers.LipschitzConv1DTranspose(4, 2, strides=2)(np.ones((2, 8, 3), "float32")).shape[1:]
+    >>> tuple(hkr.layers.LipschitzConv1DTranspose(4, 2, strides=2)(np.ones((2, 8, 3), "float32")).shape[1:])
     (16, 4)
     """
 
@@ -110,7 +110,7 @@ class LipschitzConv2DTranspose(LipschitzLayer, keras.layers.Conv2DTranspose):
     Example:
 
     >>> import numpy as np, hkr_keras as hkr
-    >>> hkr.layers.LipschitzConv2DTranspose(4, 2, strides=2)(np.ones((2, 4, 4, 3), "float32")).shape[1:]
+    >>> tuple(hkr.layers.LipschitzConv2DTranspose(4, 2, strides=2)(np.ones((2, 4, 4, 3), "float32")).shape[1:])
     (8, 8, 4)
     """
 
@@ -126,7 +126,7 @@ class LipschitzConv3DTranspose(LipschitzLayer, keras.layers.Conv3DTranspose):
     Example:
 
     >>> import numpy as np, hkr_keras as hkr
-    >>> hkr.layers.LipschitzConv3DTranspose(4, 2, strides=2)(np.ones((2, 2, 2, 2, 3), "float32")).shape[1:]
+    >>> tuple(hkr.layers.LipschitzConv3DTranspose(4, 2, strides=2)(np.ones((2, 2, 2, 2, 3), "float32")).shape[1:])
     (4, 4, 4, 4)
     """
 
@@ -143,7 +143,7 @@ class LipschitzDepthwiseConv1D(LipschitzLayer, keras.layers.DepthwiseConv1D):
     Example:
 
     >>> import numpy as np, hkr_keras as hkr
-    >>> hkr.layers.LipschitzDepthwiseConv1D(3)(np.ones((2, 8, 3), "float32")).shape[1:]
+    >>> tuple(hkr.layers.LipschitzDepthwiseConv1D(3)(np.ones((2, 8, 3), "float32")).shape[1:])
     (6, 3)
     """
 
@@ -159,7 +159,7 @@ class LipschitzDepthwiseConv2D(LipschitzLayer, keras.layers.DepthwiseConv2D):
     Example:
 
     >>> import numpy as np, hkr_keras as hkr
-    >>> hkr.layers.LipschitzDepthwiseConv2D(3)(np.ones((2, 8, 8, 3), "float32")).shape[1:]
+    >>> tuple(hkr.layers.LipschitzDepthwiseConv2D(3)(np.ones((2, 8, 8, 3), "float32")).shape[1:])
     (6, 6, 3)
     """
 
@@ -175,7 +175,7 @@ class LipschitzSeparableConv1D(LipschitzLayer, keras.layers.SeparableConv1D):
     Example:
 
     >>> import numpy as np, hkr_keras as hkr
-    >>> hkr.layers.LipschitzSeparableConv1D(4, 3)(np.ones((2, 8, 3), "float32")).shape[1:]
+    >>> tuple(hkr.layers.LipschitzSeparableConv1D(4, 3)(np.ones((2, 8, 3), "float32")).shape[1:])
     (6, 4)
     """
 
@@ -191,6 +191,6 @@ class LipschitzSeparableConv2D(LipschitzLayer, keras.layers.SeparableConv2D):
     Example:
 
     >>> import numpy as np, hkr_keras as hkr
-    >>> hkr.layers.LipschitzSeparableConv2D(4, 3)(np.ones((2, 8, 8, 3), "float32")).shape[1:]
+    >>> tuple(hkr.layers.LipschitzSeparableConv2D(4, 3)(np.ones((2, 8, 8, 3), "float32")).shape[1:])
     (6, 6, 4)
     """

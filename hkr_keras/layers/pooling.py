@@ -254,7 +254,7 @@ class InvertibleDownsampling2D(_Rearrangement2D):
     Example:
 
     >>> import numpy as np, hkr_keras as hkr
-    >>> hkr.layers.InvertibleDownsampling2D(2)(np.ones((1, 4, 6, 3), "float32")).shape[1:]
+    >>> tuple(hkr.layers.InvertibleDownsampling2D(2)(np.ones((1, 4, 6, 3), "float32")).shape[1:])
     (2, 3, 12)
 
     Reference:
@@ -295,7 +295,7 @@ class InvertibleUpsampling2D(_Rearrangement2D):
     Example:
 
     >>> import numpy as np, hkr_keras as hkr
-    >>> hkr.layers.InvertibleUpsampling2D(2)(np.ones((1, 2, 3, 12), "float32")).shape[1:]
+    >>> tuple(hkr.layers.InvertibleUpsampling2D(2)(np.ones((1, 2, 3, 12), "float32")).shape[1:])
     (4, 6, 3)
 
     Reference:

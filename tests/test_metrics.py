@@ -1,0 +1,204 @@
+"""Metrics against numpy, over batches of any size."""
+
+import math
+import re
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import hkr_keras as hkr
+from hkr_keras.metrics import CertifiedAccuracy, CertifiedRadius, KRDistance
+
+N = 13
+generator = np.random.default_rng(0)
+SCORES, LOGITS = generator.normal(size=N).astype("float32"), generator.normal(size=(N, 3)).astype("float32")
+BINARY, CLASSES = np.arange(N) % 2, np.arange(N) % 3
+WEIGHTS = generator.uniform(0.5, 2.0, size=N).astype("float32")
+
+BINARY_LABELS = [BINARY, BINARY[:, None], 2 * BINARY - 1, BINARY == 1, BINARY.tolist()]
+CLASS_LABELS = [CLASSES, CLASSES[:, None], np.eye(3)[CLASSES], CLASSES.tolist()]
+
+
+def close(value):
+    return pytest.approx(float(value), rel=1e-5, abs=1e-6)
+
+
+def over_batches(metric, y_true, y_pred, weights, size):
+    metric.reset_state()
+    for start in range(0, N, size):
+        part = slice(start, start + size)
+        metric.update_state(y_true[part], y_pred[part], None if weights is None else weights[part])
+    return float(metric.result())
+
+
+def np_kr(weights):
+    means = [np.average(SCORES[BINARY == c], weights=weights[BINARY == c]) for c in (0, 1)]
+    return means[1] - means[0]
+
+
+def np_radius(factor, lipschitz):
+    true = LOGITS[np.arange(N), CLASSES]
+    others = np.where(np.eye(3)[CLASSES] == 1, -np.inf, LOGITS).max(axis=1)
+    return (true - others) / (factor * lipschitz)
+
+
+@pytest.mark.parametrize("size", [1, 4, 7, N])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_kr_distance_does_not_depend_on_the_batches(size, weighted):
+    weights = WEIGHTS if weighted else np.ones(N)
+    for labels in BINARY_LABELS:
+        for scores in (SCORES, SCORES[:, None]):
+            assert over_batches(KRDistance(), labels, scores, weights if weighted else None, size) == close(np_kr(weights))
+
+
+def test_kr_distance_is_minus_the_kr_loss():
+    metric = KRDistance()
+    metric.update_state(BINARY, SCORES, WEIGHTS)
+    assert float(metric.result()) == close(-hkr.losses.KR()(BINARY, SCORES, WEIGHTS))
+
+
+def test_kr_distance_without_samples_or_with_one_class_is_finite():
+    metric = KRDistance()
+    assert float(metric.result()) == 0.0
+    metric.update_state(np.ones(N), SCORES)
+    assert float(metric.result()) == close(SCORES.mean())
+
+
+@pytest.mark.parametrize("size", [4, N])
+@pytest.mark.parametrize("weights", [None, WEIGHTS], ids=["plain", "weighted"])
+@pytest.mark.parametrize(("head", "factor"), [("unit_norm", 2.0), ("orthonormal", math.sqrt(2))])
+def test_certified_metrics_of_logits(head, factor, weights, size):
+    radius = np_radius(factor, 1.5)
+    accuracy = CertifiedAccuracy(0.2, lipschitz=1.5, head=head)
+    mean = CertifiedRadius(lipschitz=1.5, head=head)
+    for labels in CLASS_LABELS:
+        assert over_batches(accuracy, labels, LOGITS, weights, size) == close(np.average(radius > 0.2, weights=weights))
+        assert over_batches(mean, labels, LOGITS, weights, size) == close(
+            np.average(np.maximum(radius, 0), weights=weights)
+        )
+
+
+@pytest.mark.parametrize("weights", [None, WEIGHTS], ids=["plain", "weighted"])
+def test_certified_metrics_of_scores(weights):
+    radius = (2 * BINARY - 1) * SCORES / 1.5
+    accuracy, mean = CertifiedAccuracy(0.2, lipschitz=1.5), CertifiedRadius(lipschitz=1.5)
+    for labels in BINARY_LABELS:
+        for scores in (SCORES, SCORES[:, None]):
+            assert over_batches(accuracy, labels, scores, weights, 4) == close(np.average(radius > 0.2, weights=weights))
+            assert over_batches(mean, labels, scores, weights, 4) == close(
+                np.average(np.maximum(radius, 0), weights=weights)
+            )
+
+
+def test_certified_accuracy_at_zero_is_accuracy():
+    metric = CertifiedAccuracy()
+    metric.update_state(CLASSES, LOGITS)
+    assert float(metric.result()) == close(np.mean(LOGITS.argmax(axis=1) == CLASSES))
+
+
+@pytest.mark.parametrize(
+    ("label", "prediction", "epsilon", "certified"),
+    [
+        (1, [0.5], 0.5, 0.0),
+        (1, [0.5], 0.4999, 1.0),
+        (0, [-0.5], 0.5, 0.0),
+        (1, [0.0], 0.0, 0.0),
+        (0, [0.0], 0.0, 0.0),
+        (0, [2.0, 1.0], 0.5, 0.0),
+        (0, [2.0, 1.0], 0.4999, 1.0),
+        (0, [1.0, 1.0], 0.0, 0.0),
+        (1, [1.0, 1.0, 0.0], 0.0, 0.0),
+    ],
+)
+def test_only_a_larger_radius_is_certified(label, prediction, epsilon, certified):
+    metric = CertifiedAccuracy(epsilon)
+    metric.update_state(np.array([label]), np.array([prediction], "float32"))
+    assert float(metric.result()) == certified
+
+
+METRICS = {
+    KRDistance: ({}, "kr_distance"),
+    CertifiedAccuracy: ({"epsilon": 0.3, "lipschitz": 2.0, "head": "orthonormal"}, "certified_accuracy"),
+    CertifiedRadius: ({"lipschitz": 2.0, "head": "orthonormal"}, "certified_radius"),
+}
+each_metric = pytest.mark.parametrize("cls", METRICS, ids=lambda cls: cls.__name__)
+
+
+@each_metric
+def test_names_direction_and_config(cls):
+    parameters, name = METRICS[cls]
+    assert cls().name == name
+    assert cls._direction == "up"
+    assert keras.saving.get_registered_name(cls) == f"hkr_keras>{cls.__name__}"
+    metric = cls(**parameters, name="other")
+    assert parameters.items() <= metric.get_config().items()
+    for copy in (cls.from_config(metric.get_config()), keras.metrics.deserialize(keras.metrics.serialize(metric))):
+        assert type(copy) is cls
+        assert copy.get_config() == metric.get_config()
+
+
+@each_metric
+def test_reset_state(cls):
+    metric = cls(**METRICS[cls][0])
+    metric.update_state(BINARY, SCORES)
+    assert float(metric.result()) != 0.0
+    metric.reset_state()
+    assert float(metric.result()) == 0.0
+    assert all(not ops.convert_to_numpy(variable).any() for variable in metric.variables)
+
+
+BAD = {
+    "epsilon": (CertifiedAccuracy, [-0.1, math.nan, math.inf, "1", True, None]),
+    "lipschitz": (CertifiedRadius, [0, -1.0, math.nan, math.inf, "1", True, None]),
+    "head": (CertifiedRadius, ["sigmoid", None, 2.0]),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_wrong_arguments(name):
+    cls, values = BAD[name]
+    for value in values:
+        with pytest.raises(ValueError, match=re.escape(f"Received: {name}={value}")):
+            cls(**{name: value})
+
+
+def test_wrong_shapes():
+    cases = [
+        (KRDistance, BINARY, LOGITS),
+        (KRDistance, BINARY[:-1], SCORES),
+        (CertifiedAccuracy, CLASSES[:-1], LOGITS),
+        (CertifiedRadius, np.ones((N, 2)), LOGITS),
+        (CertifiedRadius, CLASSES, LOGITS[:, :, None]),
+    ]
+    for cls, y_true, y_pred in cases:
+        with pytest.raises(ValueError, match=r"Received: y_\w+\.shape="):
+            cls().update_state(y_true, y_pred)
+    with pytest.raises(ValueError, match=r"Received: sample_weight\.shape="):
+        KRDistance().update_state(BINARY, SCORES, WEIGHTS[:-1])
+
+
+@pytest.mark.parametrize(
+    ("outputs", "labels", "metrics"),
+    [
+        (1, BINARY, lambda: [KRDistance(), CertifiedAccuracy(0.2), CertifiedRadius()]),
+        (3, CLASSES, lambda: [CertifiedAccuracy(0.2), CertifiedRadius(head="orthonormal")]),
+    ],
+    ids=["binary", "multiclass"],
+)
+def test_inside_evaluate(outputs, labels, metrics, tmp_path):
+    x = np.random.default_rng(1).normal(size=(N, 4)).astype("float32")
+    model = keras.Sequential([keras.Input((4,)), hkr.layers.LipschitzDense(outputs)])
+    loss = hkr.losses.KR() if outputs == 1 else hkr.losses.MulticlassKR()
+    model.compile("sgd", loss, weighted_metrics=metrics())
+    found = model.evaluate(x, labels, batch_size=4, sample_weight=WEIGHTS, return_dict=True, verbose=0)
+    predictions = model.predict(x, verbose=0)
+    for metric in metrics():
+        metric.update_state(labels, predictions, WEIGHTS)
+        assert found[metric.name] == close(metric.result())
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert loaded.evaluate(x, labels, batch_size=4, sample_weight=WEIGHTS, return_dict=True, verbose=0) == pytest.approx(
+        found, rel=1e-5
+    )
