@@ -1,0 +1,374 @@
+"""Certificates: their formulas, their validity under attack, and what is refused."""
+
+import json
+import math
+
+import keras
+import numpy as np
+import pytest
+
+import hkr_keras as hkr
+from hkr_keras import Certificate, certify
+
+FEATURES = 6
+
+
+def random_inputs(n=40, seed=0):
+    return np.random.default_rng(seed).normal(size=(n, FEATURES)).astype("float32")
+
+
+def dense_model(outputs, scale=None, head=None, extra=()):
+    keras.utils.set_random_seed(1)
+    layers = [hkr.layers.LipschitzDense(16), hkr.layers.GroupSort(2)]
+    layers += [hkr.layers.Scale(scale)] if scale else []
+    layers += [head or hkr.layers.LipschitzDense(outputs, kernel_constraint=hkr.constraints.UnitNorm()), *extra]
+    return keras.Sequential([keras.Input((FEATURES,)), *layers])
+
+
+def nested_model():
+    keras.utils.set_random_seed(2)
+    body = keras.Sequential([keras.Input((FEATURES,)), keras.layers.Dense(12), hkr.layers.GroupSort(2)], name="body")
+    x = keras.Input((FEATURES,))
+    branches = [body(x), body(hkr.layers.Scale(0.5)(x))]
+    merged = hkr.layers.LipschitzResidual()(branches)
+    tail_input = keras.Input((12,))
+    tail = keras.Model(tail_input, keras.layers.Dense(4)(tail_input), name="tail")
+    return keras.Model(x, tail(merged))
+
+
+def conv_model():
+    keras.utils.set_random_seed(3)
+    return keras.Sequential(
+        [
+            keras.Input((FEATURES,)),
+            keras.layers.Reshape((FEATURES, 1)),
+            hkr.layers.LipschitzConv1D(8, 3, padding="same"),
+            hkr.layers.MaxMin(),
+            keras.layers.Flatten(),
+            keras.layers.Dense(3),
+        ]
+    )
+
+
+MODELS = {
+    "score": (lambda: dense_model(1), "score"),
+    "scaled_score": (lambda: dense_model(1, scale=-3.0), "score"),
+    "pairwise": (lambda: dense_model(5), "pairwise"),
+    "scaled_pairwise": (lambda: dense_model(5, scale=2.5), "pairwise"),
+    "scaled_logits": (lambda: dense_model(5, extra=[hkr.layers.Scale(-0.25)]), "pairwise"),
+    "dropout_behind_the_head": (lambda: dense_model(5, extra=[keras.layers.Dropout(0.5)]), "pairwise"),
+    "activation_behind_the_head": (lambda: dense_model(5, extra=[hkr.layers.FullSort()]), "logits"),
+    "tanh_head": (lambda: dense_model(5, head=keras.layers.Dense(5, activation="tanh")), "logits"),
+    "nested": (nested_model, "pairwise"),
+    "convolution": (conv_model, "pairwise"),
+}
+each_model = pytest.mark.parametrize("name", MODELS)
+
+
+def logits_of(model, x):
+    logits = np.asarray(model.predict(x, batch_size=4096, verbose=0), dtype="float64")
+    return logits
+
+
+def predict(model, x):
+    logits = logits_of(model, x)
+    return (logits[:, 0] > 0).astype(int) if logits.shape[1] == 1 else logits.argmax(axis=1)
+
+
+def logits_rule(model, x):
+    logits = np.sort(logits_of(model, x), axis=1)
+    return (logits[:, -1] - logits[:, -2]) / (math.sqrt(2) * hkr.lipschitz_bound(model))
+
+
+def slopes(model, x, prediction, step=1e-3):
+    """Gradient of the lead of the predicted class over the runner-up, by central differences."""
+    n, size = len(x), math.prod(x.shape[1:])
+    steps = step * np.concatenate([np.eye(size), -np.eye(size)]).reshape(2 * size, *x.shape[1:])
+    logits = logits_of(model, (x[:, None] + steps[None]).reshape(-1, *x.shape[1:]).astype("float32"))
+    if logits.shape[1] == 1:
+        lead = np.where(prediction, 1, -1)[:, None] * logits.reshape(n, -1)
+    else:
+        order = np.argsort(logits_of(model, x), axis=1)
+        lead = logits.reshape(n, 2 * size, -1)
+        rows = np.arange(n)[:, None], np.arange(2 * size)[None]
+        lead = lead[*rows, order[:, -1:]] - lead[*rows, order[:, -2:-1]]
+    return ((lead[:, :size] - lead[:, size:]) / (2 * step)).reshape(x.shape)
+
+
+def attacks(model, x, prediction):
+    """Directions of length 1: random ones, towards other inputs, and down the lead of the predicted class."""
+    directions = [np.random.default_rng(seed).normal(size=x.shape) for seed in range(4)]
+    directions += [np.roll(x, shift, axis=0) - x for shift in range(1, 12)]
+    directions += [-slopes(model, x, prediction)]
+    for direction in directions:
+        yield direction / np.maximum(np.linalg.norm(direction, axis=1, keepdims=True), 1e-12)
+
+
+@each_model
+def test_no_attack_within_the_radius_changes_the_prediction(name):
+    build, method = MODELS[name]
+    model, x = build(), random_inputs()
+    certificate = certify(model, x, verbose=0)
+    assert certificate.method == method
+    assert certificate.radius.dtype == np.float64
+    assert certificate.radius.shape == certificate.prediction.shape == (len(x),)
+    assert certificate.prediction.tolist() == predict(model, x).tolist()
+    assert certificate.bound == hkr.lipschitz_bound(model)
+    assert certificate.radius.min() >= 0
+    assert certificate.radius.max() > 0.05
+    for direction in attacks(model, x, certificate.prediction):
+        moved = x.astype("float64") + 0.999 * certificate.radius[:, None] * direction
+        assert predict(model, moved.astype("float32")).tolist() == certificate.prediction.tolist()
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if MODELS[name][1] == "pairwise"])
+def test_pairwise_is_never_worse_than_the_rule_for_logits(name):
+    model, x = MODELS[name][0](), random_inputs()
+    radius, rule = certify(model, x, verbose=0).radius, logits_rule(model, x)
+    assert np.all(radius >= rule * (1 - 1e-6))
+    assert radius.mean() > 1.01 * rule.mean()
+
+
+def test_logits_rule():
+    model, x = MODELS["tanh_head"][0](), random_inputs()
+    assert certify(model, x, verbose=0).radius == pytest.approx(logits_rule(model, x), rel=1e-6)
+
+
+def linear_model(outputs):
+    keras.utils.set_random_seed(4)
+    return keras.Sequential([keras.Input((FEATURES,)), keras.layers.Dense(outputs, bias_initializer="normal")])
+
+
+def test_linear_score_has_the_distance_to_its_boundary():
+    model, x = linear_model(1), random_inputs().astype("float64")
+    kernel, bias = (np.asarray(weight, dtype="float64") for weight in model.get_weights())
+    scores = (x @ kernel + bias)[:, 0]
+    certificate = certify(model, x, verbose=0)
+    assert certificate.radius == pytest.approx(np.abs(scores) / np.linalg.norm(kernel), rel=1e-5, abs=1e-6)
+    worst = -np.sign(scores)[:, None] * kernel[:, 0] / np.linalg.norm(kernel)
+    for factor, changes in ((0.999, False), (1.001, True)):
+        moved = x + factor * certificate.radius[:, None] * worst
+        assert np.all(((moved @ kernel + bias)[:, 0] > 0) != (scores > 0)) == changes
+
+
+def test_linear_logits_have_the_distance_to_the_nearest_boundary():
+    model, x = linear_model(4), random_inputs().astype("float64")
+    kernel, bias = (np.asarray(weight, dtype="float64") for weight in model.get_weights())
+    logits = x @ kernel + bias
+    certificate = certify(model, x, verbose=0)
+    for point, row, radius, prediction in zip(x, logits, certificate.radius, certificate.prediction, strict=True):
+        others = [j for j in range(4) if j != prediction]
+        normals = kernel[:, others] - kernel[:, [prediction]]
+        lengths = np.linalg.norm(normals, axis=0)
+        distances = (row[prediction] - row[others]) / lengths
+        assert radius == pytest.approx(distances.min(), rel=1e-5, abs=1e-6)
+        towards = normals[:, distances.argmin()] / lengths[distances.argmin()]
+        for factor, same in ((0.999, True), (1.001, False)):
+            assert (((point + factor * radius * towards) @ kernel + bias).argmax() == prediction) == same
+
+
+def test_scale_inside_the_model_changes_nothing_when_it_cancels():
+    weights = dense_model(5).get_weights()
+    plain, scaled = dense_model(5), dense_model(5, extra=[hkr.layers.Scale(7.0)])
+    plain.set_weights(weights)
+    scaled.set_weights(weights)
+    x = random_inputs()
+    assert certify(scaled, x, verbose=0).radius == pytest.approx(certify(plain, x, verbose=0).radius, rel=1e-5)
+
+
+def test_input_units():
+    model, x = dense_model(5), random_inputs()
+    inputs = keras.Input((FEATURES,))
+    rescaled = keras.Model(inputs, model(keras.layers.Rescaling(1 / 8)(inputs)))
+    radius = certify(model, x, verbose=0).radius
+    assert certify(rescaled, 8 * x, verbose=0).radius == pytest.approx(8 * radius, rel=1e-6)
+
+
+@pytest.mark.parametrize("outputs", [1, 3])
+def test_several_inputs_count_as_one_vector(outputs):
+    keras.utils.set_random_seed(5)
+    inputs = [keras.Input((2,), name="a"), keras.Input((FEATURES - 2,), name="b")]
+    hidden = hkr.layers.MaxMin()(hkr.layers.LipschitzDense(8)(keras.layers.Concatenate()(inputs)))
+    model = keras.Model(inputs, keras.layers.Dense(outputs)(hidden))
+    joint_input = keras.Input((FEATURES,))
+    joint = keras.Sequential([joint_input, *(type(layer).from_config(layer.get_config()) for layer in model.layers[3:])])
+    joint.set_weights(model.get_weights())
+    x = random_inputs()
+    expected = certify(joint, x, verbose=0)
+    for parts in ([x[:, :2], x[:, 2:]], {"a": x[:, :2], "b": x[:, 2:]}):
+        certificate = certify(model, parts, verbose=0)
+        assert certificate.radius == pytest.approx(expected.radius, rel=1e-6)
+        assert certificate.prediction.tolist() == expected.prediction.tolist()
+
+
+@pytest.mark.parametrize("outputs", [1, 2, 3])
+def test_a_tie_has_radius_zero_and_is_not_certified(outputs):
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(outputs, use_bias=False)])
+    certificate = certify(model, np.zeros((1, 2)), verbose=0)
+    assert certificate.radius.tolist() == [0.0]
+    assert certificate.prediction.tolist() == [0]
+    assert certificate.accuracy([0]) == 1.0
+    assert certificate.accuracy([0], epsilon=0.0) == 0.0
+
+
+@pytest.mark.parametrize("name", ["score", "pairwise", "nested"])
+def test_batch_size_does_not_matter(name):
+    model, x = MODELS[name][0](), random_inputs(22)
+    one, seven = (certify(model, x, batch_size=size, verbose=0) for size in (1, 7))
+    assert one.prediction.tolist() == seven.prediction.tolist()
+    assert one.radius == pytest.approx(seven.radius, rel=1e-5, abs=1e-6)
+    assert one.bound == seven.bound
+
+
+# ---- what is computed from a certificate -------------------------------------------------------------------
+
+RADIUS = np.array([0.5, 0.25, 0.0, 1.0, 0.75])
+PREDICTION = np.array([0, 1, 2, 1, 0])
+LABELS = np.array([0, 1, 2, 1, 2])
+
+
+@pytest.mark.parametrize("labels", [LABELS, LABELS[:, None], np.eye(3)[LABELS], LABELS.tolist()])
+def test_numbers(labels):
+    certificate = Certificate(RADIUS, PREDICTION, 1.0, 3, "pairwise")
+    assert certificate.accuracy(labels) == 4 / 5
+    epsilons = [0.0, 0.2499, 0.25, 0.6, 1.0]
+    shares = [3 / 5, 3 / 5, 2 / 5, 1 / 5, 0.0]
+    assert [certificate.accuracy(labels, epsilon) for epsilon in epsilons] == shares
+    assert certificate.curve(labels, np.array(epsilons)).tolist() == shares
+    assert certificate.mean_radius(labels) == pytest.approx((0.5 + 0.25 + 0.0 + 1.0) / 5)
+
+
+def test_numbers_of_a_score():
+    certificate = Certificate(np.array([0.5, 0.25, 2.0]), np.array([1, 0, 1]), 1.0, 1, "score")
+    for labels in ([1, 0, 0], [1, -1, -1], [[True], [False], [False]]):
+        assert certificate.accuracy(labels) == 2 / 3
+        assert certificate.accuracy(labels, 0.25) == 1 / 3
+        assert certificate.mean_radius(labels) == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize("labels", [[0, 1], [0, 1, 2, 1, 3], [[0, 1]] * 5, np.zeros((5, 1, 1)), [0.5] * 5, 1])
+def test_wrong_labels(labels):
+    with pytest.raises(ValueError, match="Expected .*labels.* Received: "):
+        Certificate(RADIUS, PREDICTION, 1.0, 3, "pairwise").accuracy(labels)
+
+
+@pytest.mark.parametrize("epsilon", [-0.1, math.nan, math.inf])
+def test_wrong_epsilon(epsilon):
+    certificate = Certificate(RADIUS, PREDICTION, 1.0, 3, "pairwise")
+    with pytest.raises(ValueError, match=f"Received: epsilon={epsilon}"):
+        certificate.accuracy(LABELS, epsilon)
+    with pytest.raises(ValueError, match=f"Received: epsilon={epsilon}"):
+        certificate.curve(LABELS, [0.1, epsilon])
+
+
+def test_json_round_trip():
+    certificate = certify(dense_model(5), random_inputs(), verbose=0)
+    copy = Certificate.from_json(certificate.to_json())
+    assert copy.radius.tolist() == certificate.radius.tolist()
+    assert copy.prediction.tolist() == certificate.prediction.tolist()
+    assert (copy.bound, copy.classes, copy.method) == (certificate.bound, 5, "pairwise")
+    stored = json.loads(certificate.to_json())
+    assert stored["norm"] == "L2"
+    assert stored["rigorous"] is False
+    assert stored["versions"]["backend"] == keras.backend.backend()
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"radius": [1.0]}', "null"])
+def test_wrong_json(text):
+    with pytest.raises(ValueError, match="Expected the JSON text of a certificate"):
+        Certificate.from_json(text)
+
+
+# ---- refusals ----------------------------------------------------------------------------------------------
+
+
+def with_weight(value):
+    model = dense_model(3)
+    weights = model.get_weights()
+    weights[0][0, 0] = value
+    model.set_weights(weights)
+    return model
+
+
+def constant_model():
+    return keras.Sequential([keras.Input((FEATURES,)), keras.layers.Dense(3, kernel_initializer="zeros")])
+
+
+def of_policy(policy):
+    return keras.Sequential(
+        [keras.Input((FEATURES,)), hkr.layers.LipschitzDense(4, dtype=policy), keras.layers.Dense(2, dtype="float32")]
+    )
+
+
+def sigmoid_model(*layers):
+    return keras.Sequential([keras.Input((FEATURES,)), *layers])
+
+
+def two_outputs():
+    x = keras.Input((FEATURES,))
+    return keras.Model(x, [keras.layers.Dense(2)(x), keras.layers.Dense(3)(x)])
+
+
+def sequence_outputs():
+    return keras.Sequential([keras.Input((2, FEATURES // 2)), keras.layers.Dense(2)])
+
+
+_Dense, _Activation = keras.layers.Dense, keras.layers.Activation
+REFUSED = {
+    "nan_weights": (lambda: with_weight(np.nan), "Expected finite weights"),
+    "infinite_weights": (lambda: with_weight(np.inf), "Expected finite weights"),
+    "constant": (constant_model, "Lipschitz constant 0"),
+    "float16": (lambda: of_policy("float16"), "dtype policy float16"),
+    "mixed_bfloat16": (lambda: of_policy("mixed_bfloat16"), "dtype policy mixed_bfloat16"),
+    "sigmoid": (lambda: sigmoid_model(_Dense(1, activation="sigmoid")), "remove the final activation"),
+    "sigmoid_layer": (lambda: sigmoid_model(_Dense(1), _Activation("sigmoid")), "remove the final activation"),
+    "sigmoid_flattened": (
+        lambda: sigmoid_model(_Dense(1, activation="sigmoid"), keras.layers.Flatten()),
+        "remove the final activation",
+    ),
+    "sigmoid_nested": (
+        lambda: sigmoid_model(_Dense(4), keras.Sequential([keras.Input((4,)), _Dense(1, activation="sigmoid")])),
+        "remove the final activation",
+    ),
+    "relu_score": (lambda: sigmoid_model(_Dense(1), keras.layers.ReLU()), "remove the final activation"),
+    "two_outputs": (two_outputs, "Received: 2 outputs"),
+    "unknown_layer": (lambda: sigmoid_model(keras.layers.UnitNormalization(), _Dense(2)), "UnitNormalization"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_models_that_are_refused(name):
+    build, message = REFUSED[name]
+    with pytest.raises(ValueError, match=message):
+        certify(build(), random_inputs(4), verbose=0)
+
+
+def test_outputs_per_step_are_refused():
+    with pytest.raises(ValueError, match=r"Expected outputs of shape"):
+        certify(sequence_outputs(), random_inputs(4).reshape(4, 2, FEATURES // 2), verbose=0)
+
+
+def test_a_model_that_is_not_built_is_refused():
+    with pytest.raises(ValueError, match="Expected a built model"):
+        certify(keras.Sequential([keras.layers.Dense(2)]), random_inputs(4), verbose=0)
+
+
+def test_overflowing_logits_are_refused():
+    model = dense_model(3)
+    model.set_weights([1e30 * weight for weight in model.get_weights()])
+    with pytest.raises(ValueError, match="Expected finite outputs"):
+        certify(model, random_inputs(4), verbose=0)
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (np.zeros((0, FEATURES)), "Expected at least one input"),
+        ([], "Expected at least one input"),
+        (np.full((2, FEATURES), np.nan), "Expected finite inputs"),
+        (np.full((2, FEATURES), np.inf), "Expected finite inputs"),
+    ],
+)
+def test_inputs_that_are_refused(x, message):
+    with pytest.raises(ValueError, match=message):
+        certify(dense_model(3), x, verbose=0)
