@@ -248,9 +248,12 @@ def layer_bound(layer) -> float:
 
     Example:
 
-    >>> @layer_bound.register
-    ... def _(layer: keras.layers.Masking):
-    ...     return 1.0
+    >>> class Half(keras.layers.Layer):
+    ...     def call(self, inputs):
+    ...         return inputs / 2
+    >>> _ = layer_bound.register(Half, lambda layer: 0.5)
+    >>> lipschitz_bound(Half())
+    0.5
     """
     raise ValueError(
         "Expected a layer with a known Lipschitz bound. Tell us one with\n"
@@ -557,17 +560,21 @@ def _flow_through_graph(model, flows: list[Flow], visit: Visit | None) -> list[F
     return [known[id(tensor)] for tensor in model.outputs]
 
 
+def _check_built(model) -> None:
+    if not model.built:
+        raise ValueError(
+            "Expected a built model: give it an Input, or call it once. "
+            f"Received: {type(model).__name__} '{model.name}', built=False"
+        )
+
+
 def model_flows(model, visit: Visit | None = None) -> list[Flow]:
     """The flows of the outputs of a model with respect to its inputs.
 
     Raises:
         ValueError: for a model that is not built, or holds a layer without a known bound.
     """
-    if not model.built:
-        raise ValueError(
-            "Expected a built model: give it an Input, or call it once. "
-            f"Received: {type(model).__name__} '{model.name}', built=False"
-        )
+    _check_built(model)
     inputs = len(model.inputs) if isinstance(model, keras.Model) and getattr(model, "inputs", None) else 1
     return flow_through(model, [Flow(row) for row in np.eye(inputs)], visit=visit)
 
@@ -602,8 +609,10 @@ def lipschitz_bound(model) -> float:
         outputs = model_flows(model)
         return float(np.linalg.norm([output.constant for output in outputs])) * (1 + 8 * _EPSILON)
     _check_not_overridden(model, layer_bound.registry)
-    if not getattr(model, "built", True) and kernel_geometries(model):
-        model_flows(model)
+    if kernel_geometries(model):
+        _check_built(model)
+    for variable in getattr(model, "weights", ()):
+        host(variable)
     return float(layer_bound(model))
 
 

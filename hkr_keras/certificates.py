@@ -15,6 +15,8 @@ _ONE_SIDED = {
     for name in ("sigmoid", "hard_sigmoid", "sparse_sigmoid", "softmax", "softplus", "relu", "relu6", "exponential")
 }
 
+_HANDS_ON = (keras.layers.Flatten, keras.layers.Reshape, keras.layers.Dropout, keras.layers.Identity)
+
 _STATEMENT = (
     "For every input: no change of L2 norm below its radius (in the units of the model's input) alters the "
     "predicted class. This holds for the network in exact arithmetic with the stored weights, at inference; "
@@ -162,8 +164,12 @@ def certify(model, x, batch_size: int = 128, verbose="auto") -> Certificate:
     if not all(np.isfinite(array).all() for array in arrays):
         raise ValueError("Expected finite inputs. Received: x with NaN or infinite entries")
 
-    last: dict = {}
-    flows = bounds.model_flows(model, lambda layer, inputs, output: last.update({id(output): layer}))
+    last: dict = {}  # the layer that computed a flow, but for those that only hand numbers on
+
+    def visit(layer, inputs, output):
+        last[id(output)] = last.get(id(inputs[0]), layer) if isinstance(layer, _HANDS_ON) else layer
+
+    flows = bounds.model_flows(model, visit)
     bound = bounds.lipschitz_bound(model)
     if len(flows) != 1:
         raise ValueError(f"Expected a model with one output. Received: {len(flows)} outputs")
