@@ -1,4 +1,4 @@
-"""Command line: `python -m hkr_keras demo`."""
+"""Command line: `python -m hkr_keras demo | summary | certify`."""
 
 import argparse
 import math
@@ -6,6 +6,7 @@ import pathlib
 import sys
 
 import keras
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -33,6 +34,12 @@ _DEFAULTS = {  # epochs, batch size
     "cifar10": (10, 128),
 }
 _EPSILONS = (0.1, 0.25, 0.5, 1.0)
+
+
+def _positive(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, received {value}")
+    return value
 
 
 def demo(dataset: str, epochs: int | None, loss: str, seed: int, output: pathlib.Path, verbose="auto") -> dict:
@@ -118,6 +125,60 @@ def _draw(model, data, certificate, output: pathlib.Path) -> None:
         field.figure.savefig(output / "field.png", dpi=150)
 
 
+def _load_model(path: pathlib.Path):
+    """A stored model, in safe mode: a file that holds code is refused.
+
+    Raises:
+        ValueError: for a file that is missing, broken or unsafe.
+    """
+    try:
+        return keras.models.load_model(path, compile=False, safe_mode=True)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"Expected a Keras model file that loads in safe mode. Received: {path} ({reason})") from error
+
+
+def _load_arrays(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray | None]:
+    """The arrays `x` and, when there, `y` of an `.npz` file; pickled objects are refused.
+
+    Raises:
+        ValueError: for a file that is missing, broken or without `x`.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return arrays["x"], arrays.get("y")
+    except Exception as error:
+        raise ValueError(
+            f"Expected an .npz file with an array x, and optionally labels y. Received: {path} ({error})"
+        ) from error
+
+
+def _certify(options) -> None:
+    model = _load_model(options.model)
+    x, y = _load_arrays(options.data)
+    certificate = hkr.certify(model, x)
+    table = Table(title=f"{options.model.name}: {len(certificate.radius)} inputs, constant {certificate.bound:.6g}")
+    table.add_column("epsilon (L2)", justify="right")
+    table.add_column("certified accuracy" if y is not None else "certified share", justify="right")
+    labels = certificate.prediction if y is None else y  # without labels: predictions that cannot change
+    if y is not None:
+        table.add_row("clean", f"{certificate.accuracy(y):.1%}")
+    for epsilon in options.epsilon:
+        table.add_row(f"{epsilon:g}", f"{certificate.accuracy(labels, epsilon):.1%}")
+    Console().print(table)
+    if options.json:
+        options.json.write_text(certificate.to_json())
+    if options.plot:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from hkr_keras import plotting
+
+        plotting.plot_certified_accuracy(certificate, labels, marks=options.epsilon).figure.savefig(
+            options.plot, dpi=150
+        )
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status, 2 for what the user can mend."""
     parser = argparse.ArgumentParser(prog="python -m hkr_keras", description="1-Lipschitz networks with certificates.")
@@ -125,15 +186,27 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("demo", help="train, certify and show a classifier")
     command.add_argument("--dataset", choices=datasets.NAMES, default="digits")
-    command.add_argument("--epochs", type=int, help="default: what fits the data set")
+    command.add_argument("--epochs", type=_positive, help="default: what fits the data set")
     command.add_argument("--loss", choices=sorted(_MULTICLASS_LOSSES), default="hkr")
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--output", type=pathlib.Path, default=pathlib.Path("hkr_demo"), help="folder to write to")
+    command.set_defaults(run=lambda o: demo(o.dataset, o.epochs, o.loss, o.seed, o.output))
+
+    command = commands.add_parser("summary", help="print the proven bound of every layer of a stored model")
+    command.add_argument("model", type=pathlib.Path, help=".keras file")
+    command.set_defaults(run=lambda o: hkr.lipschitz_summary(_load_model(o.model)))
+
+    command = commands.add_parser("certify", help="certify the inputs of an .npz file")
+    command.add_argument("model", type=pathlib.Path, help=".keras file")
+    command.add_argument("data", type=pathlib.Path, help=".npz file with an array x, and labels y when known")
+    command.add_argument("--epsilon", type=float, nargs="+", default=list(_EPSILONS), help="L2 radii, in input units")
+    command.add_argument("--json", type=pathlib.Path, help="write the certificate to this file")
+    command.add_argument("--plot", type=pathlib.Path, help="write the curve to this picture")
+    command.set_defaults(run=_certify)
+
     options = parser.parse_args(arguments)
-    if options.epochs is not None and options.epochs < 1:
-        parser.error(f"argument --epochs: expected at least 1, received {options.epochs}")
     try:
-        demo(options.dataset, options.epochs, options.loss, options.seed, options.output)
+        options.run(options)
     except (ConnectionError, ImportError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -203,7 +203,7 @@ ACTIVATION_BOUNDS: dict[Any, float] = {
     _a.sparse_sigmoid: 0.5,
     _a.sigmoid: 0.25,
     _a.hard_sigmoid: 1 / 6,
-    _a.silu: 1.0998393194,
+    _a.silu: 1.0998394,  # rounded up, as all of these
     _a.mish: 1.0885,
     _a.gelu: 1.1289100,
     _a.selu: 1.7580994,
@@ -374,9 +374,22 @@ def _average_pooling(layer) -> float:
 
 _register(_average_pooling, _k.AveragePooling1D, _k.AveragePooling2D, _k.AveragePooling3D)
 
-_register(lambda layer: float(np.abs(np.asarray(layer.scale, dtype=np.float64)).max()), _k.Rescaling)
 _register(lambda layer: math.sqrt(layer.n), _k.RepeatVector)
 _register(lambda layer: lipschitz_bound(layer.layer), _k.TimeDistributed)
+
+
+@layer_bound.register
+def _(layer: keras.layers.Rescaling) -> float:
+    input_shape = (layer.get_build_config() or {}).get("input_shape") or ()
+    for numbers in (layer.scale, layer.offset):
+        sizes = np.shape(numbers)
+        known = (*(None for _ in sizes), *input_shape)[-len(sizes) :] if sizes else ()
+        if any(size not in (1, n) for size, n in zip(sizes, known, strict=True)):
+            raise ValueError(
+                f"Expected the scale and offset of Rescaling '{layer.name}' to have the sizes of its input, since "
+                f"broadcasting enlarges norms. Received: shape={sizes}, input_shape={input_shape or None}"
+            )
+    return float(np.abs(np.asarray(layer.scale, dtype=np.float64)).max())
 
 
 @layer_bound.register
@@ -411,7 +424,7 @@ def merge_bound(layer, constants: np.ndarray) -> np.ndarray:
 
 
 def _root_sum_squares(layer, constants):
-    return np.sqrt(np.sum(constants**2, axis=0))
+    return np.hypot.reduce(constants, axis=0)  # unlike squares, this cannot underflow to 0
 
 
 merge_bound.register(keras.layers.Add, lambda layer, constants: constants.sum(axis=0))
@@ -432,6 +445,11 @@ def _(layer: hkr_layers.LipschitzResidual, constants):
 # ---- models ---------------------------------------------------------------------------------------------
 
 
+def _length(values) -> float:
+    """An upper bound on the Euclidean norm; `hypot` neither overflows nor underflows to 0."""
+    return math.hypot(*values) * (1 + 8 * _EPSILON)
+
+
 @dataclasses.dataclass(frozen=True)
 class Flow:
     """What is known of one tensor of a model.
@@ -447,7 +465,7 @@ class Flow:
     @property
     def constant(self) -> float:
         """The constant with respect to all inputs together (Cauchy-Schwarz)."""
-        return float(np.linalg.norm(self.constants)) * (1 + 8 * _EPSILON)
+        return _length(self.constants)
 
 
 _HARMLESS = {
@@ -469,7 +487,8 @@ def _check_not_overridden(layer, registry) -> None:
         if hasattr(known, name) and not name.startswith("__") and name not in _HARMLESS and callable(value)
     }
     changed |= {"__call__"} & {name for cls in mro[: mro.index(known)] for name in vars(cls)}
-    changed |= {"call"} & set(vars(layer))
+    replaced = {name for name, value in vars(layer).items() if callable(value) and callable(getattr(known, name, None))}
+    changed |= replaced - _HARMLESS
     if changed:
         raise ValueError(
             f"Expected a subclass of {known.__name__} that computes the same function; a bound for it must be "
@@ -607,7 +626,7 @@ def lipschitz_bound(model) -> float:
     """
     if isinstance(model, keras.Model) and type(model) not in layer_bound.registry:
         outputs = model_flows(model)
-        return float(np.linalg.norm([output.constant for output in outputs])) * (1 + 8 * _EPSILON)
+        return _length([output.constant for output in outputs])
     _check_not_overridden(model, layer_bound.registry)
     if kernel_geometries(model):
         _check_built(model)
@@ -709,7 +728,7 @@ def lipschitz_summary(model, print_fn: Callable[[str], Any] | None = print) -> L
         )
 
     outputs = model_flows(model, visit)
-    bound = float(np.linalg.norm([output.constant for output in outputs])) * (1 + 8 * _EPSILON)
+    bound = _length([output.constant for output in outputs])
     summary = LipschitzSummary(model.name, bound, tuple(rows))
     if print_fn is not None:
         print_fn(str(summary))

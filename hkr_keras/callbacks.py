@@ -59,6 +59,10 @@ class Orthonormalize(keras.callbacks.Callback):
     def get_config(self) -> dict:
         return {"every": self.every}
 
+    @classmethod
+    def from_config(cls, config: dict) -> "Orthonormalize":
+        return cls(**config)
+
     def on_train_begin(self, logs=None):
         plain = [layer for layer, kernel, _ in _targets(self.model) if kernel.constraint is None]
         self._has_plain_kernels = bool(plain)

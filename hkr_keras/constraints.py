@@ -52,10 +52,9 @@ class LipschitzConstraint(keras.constraints.Constraint):
         """A point of the constraint set made from freshly initialised weights."""
         return self.project(kernel)
 
-    def after(self, initializer):
+    def after(self, initializer) -> keras.initializers.Initializer:
         """An initializer that starts on the constraint set."""
-        initializer = keras.initializers.get(initializer or "glorot_uniform")
-        return lambda shape, dtype=None, **kwargs: self.start(initializer(shape, dtype=dtype, **kwargs))
+        return _StartingFrom(keras.initializers.get(initializer or "glorot_uniform"), self)
 
     def _project(self, matrices: Tensor) -> Tensor:
         raise NotImplementedError
@@ -76,6 +75,17 @@ class LipschitzConstraint(keras.constraints.Constraint):
         if geometry.gain == 1.0:
             return geometry.from_matrices(function(matrices), kernel.shape)
         return geometry.from_matrices(function(matrices * geometry.gain), kernel.shape) / geometry.gain
+
+
+class _StartingFrom(keras.initializers.Initializer):
+    """The weights of another initializer, moved onto a constraint set."""
+
+    def __init__(self, initializer, constraint: LipschitzConstraint):
+        self.initializer = initializer
+        self.constraint = constraint
+
+    def __call__(self, shape, dtype=None):
+        return self.constraint.start(ops.convert_to_tensor(self.initializer(shape, dtype=dtype)))
 
 
 @export

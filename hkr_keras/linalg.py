@@ -7,6 +7,7 @@ counts are fixed, so that all of them compile.
 
 from typing import Any
 
+import numpy as np
 from keras import ops
 
 Tensor = Any
@@ -98,9 +99,8 @@ def newton_schulz(matrices: Tensor, steps: int = 1) -> Tensor:
 def orthonormal_basis(matrices: Tensor) -> Tensor:
     """Replaces matrices by orthonormal ones that span the same columns (or rows, when those are fewer).
 
-    The Q factor of a QR decomposition with a positive diagonal in R, followed by one Newton-Schulz step for
-    full precision. Unlike the iteration it works for rank-deficient matrices too, and on random ones it is as
-    uniform as the usual orthogonal initializer.
+    The Q factor of a QR decomposition with a positive diagonal in R. Unlike the iteration it works for
+    rank-deficient matrices too, and on random ones it is as uniform as the usual orthogonal initializer.
 
     Args:
         matrices: floating point tensor `(..., rows, columns)`.
@@ -119,10 +119,16 @@ def orthonormal_basis(matrices: Tensor) -> Tensor:
     """
     wide = matrices.shape[-2] < matrices.shape[-1]
     w = ops.cast(matrices, _working_dtype(matrices))
-    q, r = ops.qr(ops.swapaxes(w, -1, -2) if wide else w)
-    diagonal = ops.diagonal(r, axis1=-2, axis2=-1)
-    q = q * ops.expand_dims(ops.where(diagonal < 0, -1.0, 1.0), -2)
-    return ops.cast(newton_schulz(ops.swapaxes(q, -1, -2) if wide else q), matrices.dtype)
+    try:  # with values at hand: float64 on the host, and nothing to compile for every new shape
+        values = np.asarray(ops.convert_to_numpy(w), dtype=np.float64)
+    except Exception:  # each backend has its own error for a tensor that is being traced
+        q, r = ops.qr(ops.swapaxes(w, -1, -2) if wide else w)
+        signs = ops.where(ops.diagonal(r, axis1=-2, axis2=-1) < 0, -1.0, 1.0)
+        q = newton_schulz(q * ops.expand_dims(signs, -2))
+        return ops.cast(ops.swapaxes(q, -1, -2) if wide else q, matrices.dtype)
+    q, r = np.linalg.qr(values.swapaxes(-1, -2) if wide else values)
+    q = q * np.where(np.diagonal(r, axis1=-2, axis2=-1) < 0, -1.0, 1.0)[..., None, :]
+    return ops.convert_to_tensor(q.swapaxes(-1, -2) if wide else q, dtype=matrices.dtype)
 
 
 def spectral_norm_bound(matrices: Tensor, squarings: int = 6) -> Tensor:

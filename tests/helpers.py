@@ -29,12 +29,10 @@ def largest_singular_value(matrices):
 def explicit_operator(function, input_shape, batch=512):
     """The matrix `(inputs, outputs)` of an affine function on arrays of `input_shape`, without its bias."""
     size = int(np.prod(input_shape))
-    zero = flat(to_numpy(function(np.zeros((1, *input_shape), "float32"))))
-    rows = []
-    for start in range(0, size, batch):
-        basis = np.eye(size, dtype="float32")[start : start + batch].reshape(-1, *input_shape)
-        rows.append(flat(to_numpy(function(basis))) - zero)
-    return np.concatenate(rows)
+    points = np.eye(size + 1, size, dtype="float32").reshape(-1, *input_shape)  # the last one is zero
+    outputs = [flat(to_numpy(function(points[i : i + batch]))) for i in range(0, size + 1, batch)]
+    *rows, zero = np.concatenate(outputs)
+    return np.stack(rows) - zero
 
 
 def operator_norm(layer, input_shape):
@@ -84,12 +82,9 @@ def gradient(function, x):
     return tape.gradient(total, x).numpy()
 
 
-def adam_steps(layer, learning_rate, steps=3, seed=0):
+def adam_steps(layer, learning_rate, steps=3):
     """Steps of the real optimizer with random gradients: constraints run where Keras runs them."""
-    optimizer = keras.optimizers.Adam(learning_rate)
+    optimizer, variables = keras.optimizers.Adam(learning_rate), layer.trainable_variables
     for step in range(steps):
-        gradients = [
-            keras.ops.convert_to_tensor(normal(variable.shape, seed=1000 * seed + 10 * step + i))
-            for i, variable in enumerate(layer.trainable_variables)
-        ]
-        optimizer.apply(gradients, layer.trainable_variables)
+        gradients = [normal(variable.shape, seed=10 * step + i) for i, variable in enumerate(variables)]
+        optimizer.apply([keras.ops.convert_to_tensor(g) for g in gradients], variables)

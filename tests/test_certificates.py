@@ -190,7 +190,9 @@ def test_several_inputs_count_as_one_vector(outputs):
     hidden = hkr.layers.MaxMin()(hkr.layers.LipschitzDense(8)(keras.layers.Concatenate()(inputs)))
     model = keras.Model(inputs, keras.layers.Dense(outputs)(hidden))
     joint_input = keras.Input((FEATURES,))
-    joint = keras.Sequential([joint_input, *(type(layer).from_config(layer.get_config()) for layer in model.layers[3:])])
+    joint = keras.Sequential(
+        [joint_input, *(type(layer).from_config(layer.get_config()) for layer in model.layers[3:])]
+    )
     joint.set_weights(model.get_weights())
     x = random_inputs()
     expected = certify(joint, x, verbose=0)
@@ -248,7 +250,7 @@ def test_numbers_of_a_score():
 
 @pytest.mark.parametrize("labels", [[0, 1], [0, 1, 2, 1, 3], [[0, 1]] * 5, np.zeros((5, 1, 1)), [0.5] * 5, 1])
 def test_wrong_labels(labels):
-    with pytest.raises(ValueError, match="Expected .*labels.* Received: "):
+    with pytest.raises(ValueError, match=r"Expected .*labels.* Received: "):
         Certificate(RADIUS, PREDICTION, 1.0, 3, "pairwise").accuracy(labels)
 
 

@@ -24,14 +24,14 @@ PAIRS = [
 def _table():
     """Rows `(class, arguments, input shape)`, kernel layers of every kind without a bias."""
     steps = [(1, 1), (2, 1), (3, 1), (1, 2), (1, 3)]  # strides and dilation
-    channels = itertools.cycle([(1, 1), (2, 3), (3, 2), (1, 4), (4, 1)])
+    channels = [(2, 3), (3, 2), (1, 4)]  # in and out, fixed for a window: equal kernels compile once
     paddings = itertools.cycle(["same", "valid", "causal"])
     for inputs, units in [(1, 1), (1, 5), (5, 1), (4, 7), (7, 4), (6, 6)]:
         yield L.LipschitzDense, {"units": units}, (inputs,)
     yield L.LipschitzDense, {"units": 2}, (4, 3)
 
     for k, (s, d) in itertools.product(range(1, 8), steps):
-        (inputs, filters), padding = next(channels), next(paddings)
+        (inputs, filters), padding = channels[k % 3], next(paddings)
         size = (k - 1) * d + 4 + (k + s) % 2
         convolution = {"kernel_size": k, "strides": s, "dilation_rate": d}
         yield L.LipschitzConv1D, {"filters": filters, "padding": padding, **convolution}, (size, inputs)
@@ -44,7 +44,8 @@ def _table():
             yield L.LipschitzConv1DTranspose, {"filters": filters, **convolution, "padding": two}, (7 - s, inputs)
 
     for k, (s, d) in itertools.product([1, 2, 3, 4, 5, (1, 3), (3, 2)], [(1, 1), (2, 1), (3, 1), (1, 2)]):
-        (inputs, filters), padding = next(channels), "same" if next(paddings) == "same" else "valid"
+        inputs, filters = channels[k[0] % 3 if isinstance(k, tuple) else (k - 1) % 3]
+        padding = "same" if next(paddings) == "same" else "valid"
         size = (5, 6) if d == 1 else (9, 10)
         convolution = {"kernel_size": k, "strides": s, "dilation_rate": d, "padding": padding}
         yield L.LipschitzConv2D, {"filters": filters, **convolution}, (*size, inputs)
@@ -54,7 +55,7 @@ def _table():
         if d == 1 and k != 1:
             yield L.LipschitzConv2DTranspose, {"filters": filters, **convolution}, (3, 4, inputs)
 
-    for groups, k in itertools.product((2, 3), (1, 3, 4)):
+    for groups, k in itertools.product((2, 3), (3, 4)):
         arguments = {"filters": 2 * groups, "kernel_size": k, "groups": groups, "padding": "same"}
         yield L.LipschitzConv1D, arguments, (7, groups)
         yield L.LipschitzConv2D, {**arguments, "strides": 2}, (5, 4, 2 * groups)
@@ -228,7 +229,9 @@ def test_other_constraints(cls, arguments, name, shape):
 
 
 def test_spectral_ball_keeps_small_kernels_small():
-    layer = L.LipschitzDense(3, use_bias=False, kernel_constraint=SpectralBall(), kernel_initializer=keras.initializers.Constant(0.01))
+    layer = L.LipschitzDense(
+        3, use_bias=False, kernel_constraint=SpectralBall(), kernel_initializer=keras.initializers.Constant(0.01)
+    )
     layer.build((None, 3))
     assert operator_norm(layer, (3,)) == pytest.approx(0.03, rel=1e-5)
 

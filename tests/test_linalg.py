@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from helpers import largest_singular_value, normal, to_numpy
+from helpers import BACKEND, largest_singular_value, normal, to_numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from keras import ops
@@ -155,3 +155,19 @@ def test_dtype_is_kept(function, dtype):
     result = function(w)
     assert ops.dtype(result) == dtype if isinstance(ops.dtype(result), str) else dtype in str(ops.dtype(result))
     assert tuple(result.shape) == (4, 3)
+
+
+def test_orthonormal_basis_while_it_is_traced():
+    """Inside a compiled function there are no values: the other path gives the same matrices."""
+    w = normal((2, 7, 4), seed=3)
+    if BACKEND == "torch":  # nothing is traced: the same call
+        traced = linalg.orthonormal_basis(ops.convert_to_tensor(w))
+    elif BACKEND == "jax":
+        import jax
+
+        traced = jax.jit(linalg.orthonormal_basis)(w)
+    else:
+        import tensorflow as tf
+
+        traced = tf.function(linalg.orthonormal_basis)(tf.constant(w))
+    np.testing.assert_allclose(to_numpy(traced), to_numpy(linalg.orthonormal_basis(w)), atol=1e-5)

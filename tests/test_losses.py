@@ -225,7 +225,9 @@ def test_gradient(cls):
     np.testing.assert_allclose(gradient(make(cls), y, f, w.astype("float32")), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("cls", "label"), [(KR, 0), (KR, 1), (HKR, 0), (HKR, 1), (MulticlassKR, 2), (MulticlassHKR, 0)])
+@pytest.mark.parametrize(
+    ("cls", "label"), [(KR, 0), (KR, 1), (HKR, 0), (HKR, 1), (MulticlassKR, 2), (MulticlassHKR, 0)]
+)
 def test_one_class_in_the_batch(cls, label):
     _, f = sample(cls)
     y = np.full(N, label)
@@ -310,7 +312,9 @@ def test_extremes_of_alpha(cls):
     assert np.isfinite(gradient(make(cls, alpha=math.inf), y, f)).all()
 
 
-@pytest.mark.parametrize(("combined", "hinge", "kr"), [(HKR, HingeMargin, KR), (MulticlassHKR, MulticlassHinge, MulticlassKR)])
+@pytest.mark.parametrize(
+    ("combined", "hinge", "kr"), [(HKR, HingeMargin, KR), (MulticlassHKR, MulticlassHinge, MulticlassKR)]
+)
 def test_extremes_of_alpha_are_losses_of_their_own(combined, hinge, kr):
     y, f = sample(combined)
     assert float(make(combined, alpha=0)(y, f)) == close(make(kr)(y, f))
@@ -389,7 +393,7 @@ def test_compiled_loss_in_a_saved_model(alpha, tmp_path):
 
 @each_loss
 def test_fit_compiled(cls):
-    y, f = sample(cls)
+    y, _ = sample(cls)
     x = np.random.default_rng(5).normal(size=(N, 3)).astype("float32")
     keras.utils.set_random_seed(0)
     model = keras.Sequential([keras.Input((3,)), hkr.layers.LipschitzDense(1 if cls in BINARY else CLASSES)])

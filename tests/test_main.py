@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -92,3 +93,55 @@ def test_module_runs_and_tells_its_version():
     command = [sys.executable, "-m", "hkr_keras", "--version"]
     result = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ})
     assert result.stdout.strip() == hkr.__version__
+
+
+@pytest.fixture
+def stored(tmp_path):
+    """A stored model, and a file with four inputs and their labels."""
+    model = hkr.models.lipschitz_mlp((2,), 1, widths=(4,))
+    x = np.array([[0.0, 1.0], [1.0, 0.0], [-3.0, 0.5], [0.1, 0.1]], "float32")
+    model.save(tmp_path / "model.keras")
+    np.savez(tmp_path / "data.npz", x=x, y=np.array([0, 1, 1, 0]))
+    return tmp_path, hkr.certify(model, x, verbose=0)
+
+
+def test_summary_of_a_stored_model(stored, capsys):
+    folder, certificate = stored
+    assert main(["summary", str(folder / "model.keras")]) == 0
+    assert "LipschitzDense" in (text := capsys.readouterr().out)
+    assert f"{certificate.bound:.6g}" in text
+
+
+def test_certify_a_stored_model(stored, capsys):
+    folder, certificate = stored
+    files = {name: str(folder / name) for name in ("model.keras", "data.npz", "out.json", "curve.png")}
+    options = ["--epsilon", "0.1", "0.25", "--json", files["out.json"], "--plot", files["curve.png"]]
+    assert main(["certify", files["model.keras"], files["data.npz"], *options]) == 0
+    assert f"{certificate.accuracy([0, 1, 1, 0], 0.25):.1%}" in capsys.readouterr().out
+    again = hkr.Certificate.from_json((folder / "out.json").read_text())
+    np.testing.assert_allclose(again.radius, certificate.radius, rtol=1e-6)
+    assert (folder / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("broken", ["missing.keras", "garbage.keras", "code.keras"])
+def test_a_broken_or_hostile_model_is_an_error(broken, stored, capsys):
+    folder, _ = stored
+    (folder / "garbage.keras").write_bytes(b"not a model")
+    witness = str(folder / "executed")
+    unsafe = keras.Sequential([keras.Input((2,)), keras.layers.Lambda(lambda x: (open(witness, "w").close(), x)[1])])
+    unsafe.save(folder / "code.keras")
+    pathlib.Path(witness).unlink(missing_ok=True)
+    assert main(["certify", str(folder / broken), str(folder / "data.npz")]) == 2
+    assert capsys.readouterr().err.startswith("error: Expected a Keras model file")
+    assert not pathlib.Path(witness).exists()
+
+
+@pytest.mark.parametrize("arrays", [None, {"z": np.ones(2)}, {"x": np.array([{}, 1], dtype=object)}])
+def test_broken_data_are_an_error(arrays, stored, capsys):
+    folder, _ = stored
+    if arrays is None:
+        (folder / "bad.npz").write_bytes(b"nothing")
+    else:
+        np.savez(folder / "bad.npz", **arrays)
+    assert main(["certify", str(folder / "model.keras"), str(folder / "bad.npz")]) == 2
+    assert capsys.readouterr().err.startswith("error: Expected an .npz file")

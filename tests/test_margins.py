@@ -125,9 +125,7 @@ def test_class_balance_of_no_weight_at_all_is_zero():
 LOGITS = np.array([[2.0, -1.0, 0.5], [0.25, 1.0, 1.0], [-3.0, -2.0, -2.5]], "float32")
 
 
-@pytest.mark.parametrize(
-    ("labels", "expected"), [([0, 1, 1], [1.5, 0.0, 0.5]), ([2, 0, 0], [-1.5, -0.75, -1.0])]
-)
+@pytest.mark.parametrize(("labels", "expected"), [([0, 1, 1], [1.5, 0.0, 0.5]), ([2, 0, 0], [-1.5, -0.75, -1.0])])
 def test_multiclass_margin(labels, expected):
     logits = ops.convert_to_tensor(LOGITS)
     one_hot = margins.one_hot(ops.convert_to_tensor(labels), logits)

@@ -34,7 +34,7 @@ def over_batches(metric, y_true, y_pred, weights, size):
 
 
 def np_kr(weights):
-    means = [np.average(SCORES[BINARY == c], weights=weights[BINARY == c]) for c in (0, 1)]
+    means = [np.average(SCORES[c == BINARY], weights=weights[c == BINARY]) for c in (0, 1)]
     return means[1] - means[0]
 
 
@@ -50,7 +50,9 @@ def test_kr_distance_does_not_depend_on_the_batches(size, weighted):
     weights = WEIGHTS if weighted else np.ones(N)
     for labels in BINARY_LABELS:
         for scores in (SCORES, SCORES[:, None]):
-            assert over_batches(KRDistance(), labels, scores, weights if weighted else None, size) == close(np_kr(weights))
+            assert over_batches(KRDistance(), labels, scores, weights if weighted else None, size) == close(
+                np_kr(weights)
+            )
 
 
 def test_kr_distance_is_minus_the_kr_loss():
@@ -86,7 +88,9 @@ def test_certified_metrics_of_scores(weights):
     accuracy, mean = CertifiedAccuracy(0.2, lipschitz=1.5), CertifiedRadius(lipschitz=1.5)
     for labels in BINARY_LABELS:
         for scores in (SCORES, SCORES[:, None]):
-            assert over_batches(accuracy, labels, scores, weights, 4) == close(np.average(radius > 0.2, weights=weights))
+            assert over_batches(accuracy, labels, scores, weights, 4) == close(
+                np.average(radius > 0.2, weights=weights)
+            )
             assert over_batches(mean, labels, scores, weights, 4) == close(
                 np.average(np.maximum(radius, 0), weights=weights)
             )
@@ -199,6 +203,6 @@ def test_inside_evaluate(outputs, labels, metrics, tmp_path):
         assert found[metric.name] == close(metric.result())
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
-    assert loaded.evaluate(x, labels, batch_size=4, sample_weight=WEIGHTS, return_dict=True, verbose=0) == pytest.approx(
-        found, rel=1e-5
-    )
+    assert loaded.evaluate(
+        x, labels, batch_size=4, sample_weight=WEIGHTS, return_dict=True, verbose=0
+    ) == pytest.approx(found, rel=1e-5)

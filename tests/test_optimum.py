@@ -81,11 +81,11 @@ def test_a_trained_network_reaches_the_optimum_and_never_passes_it():
 
     keras.utils.set_random_seed(0)
     layers = [keras.Input((2,))]
-    for units in (64, 64, 32):
+    for units in (64, 64, 64, 32):
         layers += [hkr.layers.LipschitzDense(units), hkr.layers.GroupSort(2)]
     model = keras.Sequential([*layers, hkr.layers.LipschitzDense(1)])
     loss, epochs, steps = hkr.losses.HKR(ALPHA, MARGIN), 150, 20
-    rate = keras.optimizers.schedules.CosineDecay(1e-2, epochs * steps)
+    rate = keras.optimizers.schedules.CosineDecay(2e-2, epochs * steps)
     at_once = 1 if keras.backend.backend() == "torch" else steps
     model.compile(keras.optimizers.Adam(rate), loss, steps_per_execution=at_once)
     whole_sample = {"x": np.tile(x, (steps, 1)), "y": np.tile(y, steps), "batch_size": len(x), "shuffle": False}

@@ -10,7 +10,7 @@ import hkr_keras as hkr
 BACKEND = keras.backend.backend()
 SIZE = 6  # of the images
 generator = np.random.default_rng(0)
-X = generator.normal(size=(64, SIZE, SIZE, 2)).astype("float32")
+X = generator.normal(size=(48, SIZE, SIZE, 2)).astype("float32")
 Y = (X[..., 0].mean(axis=(1, 2)) > 0).astype("int32")
 
 
@@ -29,7 +29,7 @@ def policy():
 
 def make_model(trainable=True):
     layers = hkr.layers
-    model = keras.Sequential(
+    return keras.Sequential(
         [
             keras.Input((SIZE, SIZE, 2)),
             layers.LipschitzConv2D(4, 3, padding="same"),
@@ -42,7 +42,6 @@ def make_model(trainable=True):
             layers.LipschitzDense(1),
         ]
     )
-    return model
 
 
 def host(variable):
@@ -67,17 +66,17 @@ def kernel_norms(model):
     return norms
 
 
-def assert_one_lipschitz(model, tolerance=1e-6):
+def assert_one_lipschitz(model):
     norms = kernel_norms(model)
     assert len(norms) == 6
-    assert max(norms.values()) <= 1 + tolerance, norms
+    assert max(norms.values()) <= 1 + 1e-6, norms
     assert min(norms.values()) > 0.5, norms
 
 
 def fit(model, optimizer, callbacks=(), **compile_arguments):
     before = [host(weight) for weight in model.trainable_weights]
     model.compile(optimizer, hkr.losses.HKR(alpha=5, margin=0.5), **compile_arguments)
-    history = model.fit(X, Y, batch_size=8, epochs=2, verbose=0, callbacks=list(callbacks))
+    history = model.fit(X, Y, batch_size=16, epochs=2, verbose=0, callbacks=list(callbacks))
     assert np.isfinite(history.history["loss"]).all()
     for old, new in zip(before, model.trainable_weights, strict=True):
         assert np.abs(old - host(new)).max() > 1e-5
@@ -87,11 +86,8 @@ def fit(model, optimizer, callbacks=(), **compile_arguments):
 OPTIMIZERS = {
     "adam": lambda: keras.optimizers.Adam(1e-2),
     "momentum": lambda: keras.optimizers.SGD(1e-1, momentum=0.9),
-    "adamw": lambda: keras.optimizers.AdamW(1e-2, weight_decay=0.1),
-    "clipped": lambda: keras.optimizers.Adam(1e-2, global_clipnorm=0.5),
+    "adamw": lambda: keras.optimizers.AdamW(1e-2, weight_decay=0.1, global_clipnorm=0.5),
     "accumulated": lambda: keras.optimizers.Adam(1e-2, gradient_accumulation_steps=2),
-    "learning_rate_10": lambda: keras.optimizers.SGD(10.0),
-    "adam_learning_rate_10": lambda: keras.optimizers.Adam(10.0),
 }
 
 
@@ -102,18 +98,21 @@ def test_optimizers(name):
     assert_one_lipschitz(model)
 
 
-def test_the_whole_operators():
+@pytest.mark.parametrize("optimizer", [keras.optimizers.SGD, keras.optimizers.Adam])
+def test_a_learning_rate_of_10(optimizer):
     model = make_model()
-    fit(model, "adam")
-    for layer in model.layers:
-        if layer.trainable_weights:
-            assert np.linalg.norm(dense_operator(layer), ord=2) <= 1 + 2e-6
+    fit(model, optimizer(10.0))
+    assert max(kernel_norms(model).values()) <= 1 + 1e-6
+    assert hkr.lipschitz_bound(model) <= 1 + 1e-5
 
 
-def test_training_lowers_the_loss():
+def test_the_loss_falls_and_the_whole_operators_stay_on_the_set():
     model = make_model()
     history = fit(model, keras.optimizers.Adam(1e-2)).history["loss"]
     assert history[-1] < history[0]
+    for layer in model.layers:
+        if layer.trainable_weights:
+            assert np.linalg.norm(dense_operator(layer), ord=2) <= 1 + 2e-6
 
 
 def test_averaged_weights_are_repaired():
@@ -144,17 +143,16 @@ def test_mixed_float16(policy):
     assert_one_lipschitz(model)
 
 
-@pytest.mark.parametrize("steps", [1] if BACKEND == "torch" else [1, 4])
-def test_steps_per_execution(steps):
+def test_several_steps_per_execution():
     model = make_model()
-    fit(model, keras.optimizers.Adam(1e-1), steps_per_execution=steps)
+    fit(model, keras.optimizers.Adam(1e-1), steps_per_execution=1 if BACKEND == "torch" else 3)
     assert_one_lipschitz(model)
 
 
 def test_train_on_batch():
     model = make_model()
     model.compile(keras.optimizers.Adam(1e-1), hkr.losses.HKR())
-    for start in range(0, 32, 8):
+    for start in range(0, 24, 8):
         model.train_on_batch(X[start : start + 8], Y[start : start + 8])
         assert_one_lipschitz(model)
 
@@ -216,7 +214,7 @@ def test_saving_midway(tmp_path):
     assert all(isinstance(constraint, hkr.constraints.Orthonormal) for constraint in constraints)
     for each in (model, loaded):
         keras.utils.set_random_seed(1)
-        each.fit(X, Y, batch_size=8, epochs=1, shuffle=False, verbose=0)
+        each.fit(X, Y, batch_size=16, epochs=1, shuffle=False, verbose=0)
         assert_one_lipschitz(each)
     for old, new in zip(model.weights, loaded.weights, strict=True):
         np.testing.assert_allclose(host(old), host(new), atol=1e-5)

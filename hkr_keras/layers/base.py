@@ -10,13 +10,29 @@ class LipschitzLayer:
     """Mixin, first base class: binds a constraint to every kernel that `geometry.py` knows of the layer.
 
     The Keras layer behind it keeps its constructor, its forward pass and its config.
+
+    Raises:
+        ValueError: in `build`, for a constraint of another library; for LoRA and for quantization.
+
+    Example:
+
+    >>> import keras, hkr_keras as hkr
+    >>> class MyDense(hkr.layers.LipschitzLayer, keras.layers.Dense):
+    ...     pass
+    >>> layer = MyDense(4)
+    >>> layer.build((None, 8))
+    >>> bool(hkr.lipschitz_bound(layer) < 1 + 1e-6)
+    True
     """
 
     name: Any
+    quantization_mode: Any
 
     def add_weight(self, *args, name=None, initializer=None, constraint=None, **kwargs):
         geometry = kernel_geometries(self).get(name)
         if geometry is not None:
+            if self.quantization_mode:
+                self._refuse_quantization(self.quantization_mode)
             constraint = constraints.get(constraint).bind(geometry)
             initializer = constraint.after(initializer)
         return super().add_weight(  # type: ignore[misc]
@@ -31,8 +47,10 @@ class LipschitzLayer:
         )
 
     def quantize(self, mode=None, *args, **kwargs):
+        self._refuse_quantization(mode)
+
+    def _refuse_quantization(self, mode):
         raise ValueError(
             f"Expected the kernel of {type(self).__name__} '{self.name}' to stay in floating point: quantized "
-            "weights are off the constraint set and no bound here covers them. "
-            f"Received: mode={mode}"
+            f"weights are off the constraint set and no bound here covers them. Received: mode={mode}"
         )

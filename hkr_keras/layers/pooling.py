@@ -70,7 +70,8 @@ class _ScaledGlobalAverage(_GlobalPooling):
     def call(self, inputs, mask=None):
         shape = ops.shape(inputs)
         cells = math.prod(shape[axis] for axis in self._spatial_axes(inputs))
-        return self._sum(inputs, mask) / ops.sqrt(ops.cast(cells, inputs.dtype))
+        root = ops.sqrt(ops.cast(cells, "float32"))  # half precision cannot hold large counts
+        return self._sum(inputs, mask) / ops.cast(root, inputs.dtype)
 
 
 class _GlobalL2Norm(_GlobalPooling):
@@ -221,6 +222,10 @@ class _Rearrangement2D(keras.layers.Layer):
         self.data_format = data_format or keras.config.image_data_format()
         self.input_spec = keras.layers.InputSpec(ndim=4)
 
+    def build(self, input_shape):
+        self.compute_output_shape(input_shape)  # refuses sizes that do not divide
+        self.built = True
+
     def get_config(self):
         return {**super().get_config(), "pool_size": self.pool_size, "data_format": self.data_format}
 
@@ -304,9 +309,9 @@ class InvertibleUpsampling2D(_Rearrangement2D):
 
     def _output_sizes(self, height, width, channels):
         p, q = self.pool_size
-        if channels % (p * q):
+        if channels is None or channels % (p * q):
             raise ValueError(
-                f"Expected {type(self).__name__} '{self.name}' to receive a number of channels that is a "
+                f"Expected {type(self).__name__} '{self.name}' to receive a number of channels that is known and a "
                 f"multiple of {p * q}. Received: channels={channels}"
             )
         return height and height * p, width and width * q, channels // (p * q)

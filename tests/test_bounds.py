@@ -1,0 +1,458 @@
+import contextlib
+import json
+import math
+
+import keras
+import numpy as np
+import pytest
+from helpers import BACKEND, adam_steps, largest_ratio, normal, operator_norm, to_numpy
+
+import hkr_keras as hkr
+from hkr_keras import bounds
+from hkr_keras.geometry import Geometry
+
+K, L = keras.layers, hkr.layers
+
+# ---- activations ----------------------------------------------------------------------------------------
+
+POINTWISE = [function for function in bounds.ACTIVATION_BOUNDS if function is not keras.activations.softmax]
+
+
+def double_precision():
+    if BACKEND == "jax":
+        import jax
+
+        return jax.enable_x64(True)
+    return contextlib.nullcontext()
+
+
+@pytest.mark.parametrize("function", POINTWISE, ids=lambda function: function.__name__)
+def test_activation_bounds_are_the_largest_slopes(function):
+    grid = np.linspace(-40.0, 40.0, 400_001)
+    with double_precision():
+        values = keras.ops.convert_to_numpy(function(keras.ops.convert_to_tensor(grid, dtype="float64")))
+    slope = np.abs(np.diff(values) / np.diff(grid)).max()
+    rounding = 2 * np.finfo(values.dtype).eps * np.abs(values).max() / (grid[1] - grid[0])  # tanh of JAX: float32
+    assert slope - rounding <= bounds.activation_bound(function) <= 1.01 * slope
+
+
+def test_softmax_bound_is_the_norm_of_its_jacobian():
+    logits = np.concatenate([normal((50, 4), scale=3.0), [[9.0, 9.0, -30.0, -30.0]]]).astype("float32")
+    p = to_numpy(keras.activations.softmax(keras.ops.convert_to_tensor(logits)))
+    jacobians = np.eye(4) * p[:, None, :] - p[:, :, None] * p[:, None, :]
+    norm = np.linalg.norm(jacobians, ord=2, axis=(1, 2)).max()
+    assert norm * (1 - 1e-6) <= bounds.ACTIVATION_BOUNDS[keras.activations.softmax] <= 1.01 * norm
+
+
+@pytest.mark.parametrize("name", ["exponential", "hard_shrink", "threshold", "glu", "log_softmax"])
+def test_activations_without_a_constant_are_refused(name):
+    with pytest.raises(ValueError, match=f"Received: activation={name}"):
+        bounds.activation_bound(getattr(keras.activations, name))
+
+
+def test_the_activation_of_a_layer_counts():
+    layer = K.Dense(2, activation="selu", kernel_initializer="identity")
+    layer.build((None, 2))
+    assert hkr.lipschitz_bound(layer) == pytest.approx(1.7580994, rel=1e-6)
+    layer = K.Dense(2, activation=K.LeakyReLU(negative_slope=3.0), kernel_initializer="identity")
+    layer.build((None, 2))
+    assert hkr.lipschitz_bound(layer) == pytest.approx(3.0, rel=1e-6)
+
+
+# ---- single layers --------------------------------------------------------------------------------------
+
+LINEAR = [
+    # layer, input shape, how much the bound may lie above the norm of the explicit operator
+    (K.Dense(3), (4,), 1.01),
+    (K.Dense(3), (2, 4), 1.01),
+    (K.Conv1D(3, 3, padding="causal"), (40, 2), 1.03),
+    (K.Conv1D(3, 3, dilation_rate=2, padding="same"), (40, 2), 1.03),
+    (K.Conv2D(3, 3, strides=2, padding="same"), (8, 8, 2), 1.3),
+    (K.Conv1DTranspose(2, 4, strides=2), (20, 2), 1.03),
+    (K.SeparableConv1D(3, 3, padding="same"), (40, 2), 1.5),
+    (K.DepthwiseConv2D(3, depth_multiplier=2), (9, 9, 2), 1.3),
+    (K.AveragePooling1D(2), (6, 2), 1.01),
+    (K.AveragePooling1D(3, 1), (8, 1), 1.1),
+    (K.AveragePooling2D(3, 2, padding="same"), (5, 5, 2), 6.0),
+    (K.AveragePooling2D(2, padding="same"), (5, 5, 1), 1.01),
+    (K.AveragePooling3D(2), (2, 2, 4, 1), 1.01),
+    (K.GlobalAveragePooling2D(), (3, 3, 2), 3.01),
+    (K.Rescaling(2.5, offset=-1.0), (4,), 1.01),
+    (K.Rescaling([0.5, -2.0, 1.0]), (4, 3), 1.01),
+    (K.RepeatVector(5), (3,), 1.01),
+    (K.TimeDistributed(K.Dense(3)), (4, 2), 1.01),
+    (K.BatchNormalization(), (3,), 1.01),
+    (K.BatchNormalization(scale=False), (4, 3), 1.01),
+    (K.ZeroPadding2D(1), (3, 3, 1), 1.01),
+    (K.Cropping1D(1), (5, 2), 1.01),
+    (K.Permute((2, 1)), (3, 4), 1.01),
+    (K.Flatten(), (3, 2), 1.01),
+    (K.Dropout(0.5), (4,), 1.01),
+    (L.Scale(-3.0), (4,), 1.01),
+    (L.LayerCentering(), (4,), 1.01),
+    (L.BatchCentering(), (4,), 1.01),
+]
+
+
+@pytest.mark.parametrize(("layer", "shape", "slack"), LINEAR, ids=lambda value: getattr(value, "name", None))
+def test_linear_layers(layer, shape, slack):
+    layer(np.zeros((1, *shape), "float32"))
+    layer.set_weights([0.5 + np.abs(normal(weight.shape, seed=i)) for i, weight in enumerate(layer.weights)])
+    norm, bound = operator_norm(layer, shape), hkr.lipschitz_bound(layer)
+    assert isinstance(bound, float)
+    assert norm * (1 - 1e-6) <= bound <= slack * norm
+
+
+NONLINEAR = [
+    # layer, input shape, exact constant
+    (K.MaxPooling1D(2), (6, 2), 1.0),
+    (K.MaxPooling1D(3, 1, padding="same"), (7, 1), math.sqrt(3)),
+    (K.MaxPooling2D(3, 2), (7, 7, 1), 2.0),
+    (K.MaxPooling2D(2, padding="same"), (5, 5, 1), 1.0),
+    (K.MaxPooling3D(2), (4, 2, 2, 1), 1.0),
+    (K.GlobalMaxPooling1D(), (5, 2), 1.0),
+    (K.ReLU(negative_slope=2.0), (4,), 2.0),
+    (K.ReLU(max_value=1.0), (4,), 1.0),
+    (K.LeakyReLU(negative_slope=0.1), (4,), 1.0),
+    (K.ELU(alpha=2.0), (4,), 2.0),
+    (K.PReLU(alpha_initializer=keras.initializers.Constant(-3.0)), (4,), 3.0),
+    (K.Activation("tanh"), (4,), 1.0),
+    (K.Softmax(), (4,), None),
+    (L.GroupSort(2), (4,), 1.0),
+    (L.Householder(), (4,), 1.0),
+    (L.L2NormPooling2D(3, 1), (5, 5, 1), 1.0),
+]
+
+
+@pytest.mark.parametrize(("layer", "shape", "constant"), NONLINEAR, ids=lambda value: getattr(value, "name", None))
+def test_nonlinear_layers(layer, shape, constant):
+    x = 0.01 * normal((200, *shape))
+    spikes = 0.01 * np.eye(math.prod(shape), dtype="float32").reshape(-1, *shape)  # alone in every window they are in
+    bound = hkr.lipschitz_bound(layer) if layer(x) is not None else None
+    ratios = [
+        largest_ratio(layer, x, x + 0.01 * normal(x.shape, seed=1)),
+        largest_ratio(layer, 0 * spikes, spikes),
+        largest_ratio(layer, 0 * spikes, -spikes),
+    ]
+    assert max(ratios) <= bound * (1 + 1e-5)
+    if constant is not None:
+        assert bound == pytest.approx(constant, rel=1e-9)
+        assert max(ratios) >= 0.99 * constant
+
+
+def test_relu_with_a_threshold_is_refused():
+    with pytest.raises(ValueError, match=r"threshold=1"):
+        hkr.lipschitz_bound(K.ReLU(threshold=1.0))
+
+
+def test_a_mean_in_place_of_the_largest_overlap_is_caught():
+    """On a 4x4 map a 3x3 window covers a pixel 6.25 times on average, and 9 times at most."""
+    layer = K.Conv2D(9, 3, padding="same", use_bias=False)
+    layer.build((None, 4, 4, 1))
+    for gain, expected in ((math.sqrt(6.25), 1.2), (3.0, 1.0)):
+        constraint = hkr.constraints.Orthonormal().bind(Geometry(gain=gain))
+        layer.kernel.assign(constraint.start(normal(layer.kernel.shape)))
+        assert operator_norm(layer, (4, 4, 1)) == pytest.approx(expected, rel=1e-6)
+        assert hkr.lipschitz_bound(layer) == pytest.approx(expected, rel=1e-3)
+
+
+# ---- models ---------------------------------------------------------------------------------------------
+
+
+def doubling(factor, **kwargs):
+    return K.Rescaling(factor, **kwargs)
+
+
+def graph(make, inputs=1):
+    """A functional model with inputs of 4 features."""
+    x = [keras.Input((4,)) for _ in range(inputs)]
+    return keras.Model(x if inputs > 1 else x[0], make(*x))
+
+
+SHARED = K.Dense(4, use_bias=False, kernel_initializer=lambda shape, dtype=None: 3 * np.eye(4, dtype="float32"))
+GRAPHS = [
+    # name, model, constant (known, since every branch is a multiple of the identity)
+    ("add", lambda: graph(lambda x: K.Add()([x, doubling(2.0)(x)])), 3.0),
+    ("add twice the same", lambda: graph(lambda x: K.Add()([x, x])), 2.0),
+    ("subtract", lambda: graph(lambda x: K.Subtract()([x, doubling(-2.0)(x)])), 3.0),
+    ("average", lambda: graph(lambda x: K.Average()([x, doubling(2.0)(x)])), 1.5),
+    ("concatenate", lambda: graph(lambda x: K.Concatenate()([doubling(3.0)(x), doubling(4.0)(x)])), 5.0),
+    ("residual", lambda: graph(lambda x: L.LipschitzResidual()([x, doubling(5.0)(x)])), 3.0),
+    ("two inputs, add", lambda: graph(lambda x, z: K.Add()([doubling(3.0)(x), doubling(4.0)(z)]), 2), 5.0),
+    ("two outputs", lambda: graph(lambda x: [doubling(3.0)(x), doubling(4.0)(x)]), 5.0),
+    ("shared layer", lambda: graph(lambda x: SHARED(SHARED(x))), 9.0),
+    ("nested", lambda: graph(lambda x: graph(lambda z: K.Add()([z, SHARED(z)]))(doubling(2.0)(x))), 8.0),
+    (
+        "nested Sequential",
+        lambda: keras.Sequential([keras.Input((4,)), keras.Sequential([doubling(2.0), L.Scale(3.0)]), K.Flatten()]),
+        6.0,
+    ),
+    (
+        "one model of two inputs inside another",
+        lambda: graph(lambda x: graph(lambda y, z: K.Subtract()([y, doubling(2.0)(z)]), 2)([x, doubling(-1.0)(x)])),
+        3.0,
+    ),
+]
+
+
+def as_one_function(model):
+    """The model as a function of one array, and its outputs as one."""
+    count = len(model.inputs)
+
+    def function(x):
+        parts = np.split(x, count, axis=-1)
+        outputs = model(parts if count > 1 else parts[0])
+        return np.concatenate([to_numpy(y) for y in (outputs if isinstance(outputs, list) else [outputs])], axis=-1)
+
+    return function, (4 * count,)
+
+
+@pytest.mark.parametrize(("make", "constant"), [row[1:] for row in GRAPHS], ids=[row[0] for row in GRAPHS])
+def test_graphs(make, constant):
+    model = make()
+    bound = hkr.lipschitz_bound(model)
+    assert operator_norm(*as_one_function(model)) <= bound * (1 + 1e-6)
+    assert operator_norm(*as_one_function(model)) == pytest.approx(constant, rel=1e-6)
+    assert bound == pytest.approx(constant, rel=1e-9)
+
+
+@pytest.mark.parametrize("cls", [K.Maximum, K.Minimum, K.Concatenate])
+def test_layers_that_select(cls):
+    """With two inputs the bound is the root of the sum of squares, here above the constant, which is 2."""
+    model = graph(lambda x, z: cls()([doubling(2.0)(x), z]), 2)
+    function, shape = as_one_function(model)
+    x, z = normal((500, *shape)), normal((500, *shape), seed=1)
+    assert largest_ratio(function, x, z) <= hkr.lipschitz_bound(model) * (1 + 1e-5)
+    assert hkr.lipschitz_bound(model) == pytest.approx(math.sqrt(5))
+
+
+def test_a_trained_residual_has_the_bound_of_its_weights():
+    layer = L.LipschitzResidual()
+    model = graph(lambda x: layer([x, doubling(5.0)(x)]))
+    adam_steps(layer, 1.0)
+    assert hkr.lipschitz_bound(model) == pytest.approx(operator_norm(model, (4,)), rel=1e-5)
+
+
+class Doubled(K.Dense):
+    def call(self, inputs, training=None):
+        return 2 * super().call(inputs)
+
+
+class Renamed(K.Dense):
+    """Computes the same."""
+
+
+class Plus(K.Add):
+    def _merge_function(self, inputs):
+        return 2 * super()._merge_function(inputs)
+
+
+class OwnModel(keras.Model):
+    def call(self, x):
+        return 2 * x
+
+
+class Wrapped(keras.Sequential):
+    def call(self, *args, **kwargs):
+        return 2 * super().call(*args, **kwargs)
+
+
+class Unknown(K.Layer):
+    def call(self, x):
+        return x * x
+
+
+def monkeypatched():
+    layer = K.Dense(4)
+    layer.build((None, 4))
+    original = layer.call
+    layer.call = lambda x: 2 * original(x)
+    return layer
+
+
+def patched_deeper():
+    layer = K.Conv1D(4, 1)
+    layer.build((None, 4, 4))
+    original = layer.convolution_op
+    layer.convolution_op = lambda inputs, kernel: 2 * original(inputs, kernel)
+    return layer
+
+
+def unbuilt():
+    return keras.Sequential([K.Dense(4)])
+
+
+def own_model():
+    model = OwnModel()
+    model(np.zeros((1, 4), "float32"))
+    return model
+
+
+REFUSED = [
+    # what, words of the message
+    (lambda: graph(Doubled(4)), "Received: Doubled .*overrides call"),
+    (lambda: graph(monkeypatched()), "Received: Dense .*overrides call"),
+    (patched_deeper, "Received: Conv1D .*overrides convolution_op"),
+    (lambda: graph(lambda x: Plus()([x, x])), "Received: Plus .*overrides _merge_function"),
+    (lambda: graph(Unknown(name="square")), r"(?s)bounds\.layer_bound\.register\(Unknown\).*layer=Unknown 'square'"),
+    (lambda: graph(lambda x: K.Multiply()([x, x])), "merge_bound.register.*layer=Multiply"),
+    (lambda: graph(K.LayerNormalization()), "layer=LayerNormalization"),
+    (lambda: graph(lambda x: K.Dropout(0.5)(x, training=True)), r"training=True"),
+    (lambda: graph(lambda x: K.BatchNormalization()(x, training=True)), r"training=True"),
+    (lambda: graph(lambda x: graph(K.Dropout(0.5))(x, training=True)), r"training=True"),
+    (lambda: graph(lambda x: x + x), "made of layers.*operation="),
+    (lambda: graph(keras.ops.exp), "made of layers.*operation="),
+    (lambda: graph(lambda x: K.Add()([x, K.Dense(1)(x)])), "equal shapes.*Received: shapes="),
+    (lambda: keras.Sequential([keras.Input((3, 1)), K.Rescaling([1.0, 1.0])]), "broadcasting.*Received: shape="),
+    (lambda: keras.Sequential([keras.Input((3, 1)), K.Rescaling(1.0, [0.0, 0.0])]), "broadcasting.*Received: shape="),
+    (lambda: K.Rescaling([1.0, 1.0]), "broadcasting.*input_shape=None"),
+    (unbuilt, "built=False"),
+    (lambda: K.Dense(4), "built=False"),
+    (own_model, "layer=OwnModel"),
+    (lambda: Wrapped([keras.Input((4,)), K.Dense(4)]), "layer=Wrapped"),
+    (lambda: graph(K.Dense(4, activation="exponential")), "activation=exponential"),
+]
+
+
+@pytest.mark.parametrize(("make", "message"), REFUSED)
+def test_what_has_no_bound_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        hkr.lipschitz_bound(make())
+
+
+def test_a_subclass_that_computes_the_same_is_fine():
+    assert hkr.lipschitz_bound(graph(Renamed(4, kernel_initializer="identity"))) == pytest.approx(1.0)
+
+
+def test_registering_gives_a_bound():
+    class Tripled(K.Layer):
+        def call(self, x):
+            return 3 * x
+
+    class Sum(K.Layer):
+        def call(self, inputs):
+            return inputs[0] + inputs[1]
+
+    class TripledDense(K.Dense):
+        def call(self, inputs, training=None):
+            return 3 * super().call(inputs)
+
+    class TripledModel(keras.Model):
+        def call(self, x):
+            return 3 * x
+
+    bounds.layer_bound.register(Tripled, lambda layer: 3.0)
+    bounds.layer_bound.register(TripledModel, lambda layer: 3.0)
+    bounds.layer_bound.register(TripledDense, lambda layer: 3.0 * bounds.kernel_spectrum(layer, "kernel").bound)
+    bounds.merge_bound.register(Sum, lambda layer, constants: constants.sum(axis=0))
+    identity = TripledDense(4, kernel_initializer="identity")
+    assert hkr.lipschitz_bound(graph(lambda x: Sum()([x, Tripled()(x)]))) == pytest.approx(4.0)
+    assert hkr.lipschitz_bound(graph(identity)) == pytest.approx(3.0)
+    assert hkr.lipschitz_bound(graph(TripledModel())) == pytest.approx(3.0)
+    model = TripledModel()
+    model(np.zeros((1, 4), "float32"))
+    assert hkr.lipschitz_bound(model) == pytest.approx(3.0)
+
+    bounds.ACTIVATION_BOUNDS[keras.ops.sin] = 1.0
+    try:
+        assert hkr.lipschitz_bound(K.Activation(keras.ops.sin)) == 1.0
+    finally:
+        del bounds.ACTIVATION_BOUNDS[keras.ops.sin]
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("make", [lambda: K.Dense(2), lambda: K.Conv1D(2, 3), K.BatchNormalization])
+def test_weights_that_are_not_finite_are_refused(make, bad):
+    layer = make()
+    layer.build((None, 4, 3))
+    weights = layer.get_weights()
+    weights[0].flat[0] = bad
+    layer.set_weights(weights)
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        hkr.lipschitz_bound(layer)
+
+
+@pytest.mark.parametrize("power", [-60, -3, 5, 60])
+def test_powers_of_two_cancel_exactly(power):
+    model = keras.Sequential([keras.Input((4,)), K.Dense(5), K.Dense(3)])
+    before = hkr.lipschitz_bound(model)
+    first, second = model.layers
+    first.kernel.assign(to_numpy(first.kernel) * 2.0**power)
+    second.kernel.assign(to_numpy(second.kernel) / 2.0**power)
+    assert hkr.lipschitz_bound(model) == before
+
+
+@pytest.mark.parametrize("layers", [1, 2, 12])
+def test_tiny_weights_give_a_bound_above_zero(layers):
+    model = keras.Sequential([keras.Input((4,)), *(K.Dense(4, use_bias=False) for _ in range(layers))])
+    model.set_weights([np.full((4, 4), 1e-38, "float32")] * layers)
+    bound = hkr.lipschitz_bound(model)
+    assert bound >= max(4e-38**layers, 1e-308) * (1 - 1e-6)
+    assert bound < 1e-37
+
+
+def test_zero_weights_give_zero():
+    model = keras.Sequential([keras.Input((4,)), K.Dense(4, kernel_initializer="zeros")])
+    assert hkr.lipschitz_bound(model) == 0.0
+
+
+def test_bounds_of_random_matrices_are_above_the_singular_values():
+    for seed in range(50):
+        w = normal((7, 5), seed).astype("float64")
+        spectrum = bounds.matrix_spectrum(w)
+        values = np.linalg.svd(w, compute_uv=False)
+        assert values[0] <= spectrum.bound <= values[0] * (1 + 1e-12)
+        assert spectrum.smallest == pytest.approx(values[-1], rel=1e-6)
+
+
+# ---- summary --------------------------------------------------------------------------------------------
+
+
+def example():
+    return keras.Sequential(
+        [
+            keras.Input((6, 6, 1)),
+            L.LipschitzConv2D(2, 3, name="convolution"),
+            L.GroupSort(2, name="sort"),
+            K.Flatten(name="flat"),
+            K.Dense(3, kernel_initializer="ones", name="head"),
+        ],
+        name="example",
+    )
+
+
+def test_summary():
+    model, lines = example(), []
+    before = model.get_weights()
+    summary = hkr.lipschitz_summary(model, print_fn=lines.append)
+    for old, new in zip(before, model.get_weights(), strict=True):
+        assert np.array_equal(old, new)
+
+    assert [row.layer for row in summary.rows] == ["convolution", "sort", "flat", "head"]
+    assert [row.kind for row in summary.rows] == ["LipschitzConv2D", "GroupSort", "Flatten", "Dense"]
+    head = summary.rows[-1]
+    assert head.sigma_max == pytest.approx(math.sqrt(32 * 3))
+    assert head.sigma_min == pytest.approx(0.0, abs=1e-3)
+    assert summary.rows[1].sigma_max is None
+    assert summary.bound == pytest.approx(hkr.lipschitz_bound(model), rel=1e-12)
+    assert head.product == pytest.approx(summary.bound)
+    assert summary.rows[0].product * head.bound == pytest.approx(summary.bound)
+
+    assert json.loads(summary.to_json()) == json.loads(json.dumps(summary.to_dict()))
+    assert summary.to_dict()["model"] == "example"
+    text = "\n".join(lines)
+    assert text == str(summary)
+    assert all(word in text for word in ("example", "convolution", "GroupSort", "sigma_max", f"{summary.bound:.6g}"))
+
+
+def test_summary_can_be_silent(capsys):
+    hkr.lipschitz_summary(example(), print_fn=None)
+    assert capsys.readouterr().out == ""
+    hkr.lipschitz_summary(example())
+    assert "convolution" in capsys.readouterr().out
+
+
+def test_summary_of_merging_layers():
+    summary = hkr.lipschitz_summary(graph(lambda x: K.Add(name="sum")([x, x])), print_fn=None)
+    assert [(row.layer, row.bound) for row in summary.rows] == [("sum", None)]
+    assert summary.rows[0].product == pytest.approx(2.0)

@@ -1,0 +1,315 @@
+"""Callbacks: what they project and when, and what they write into the logs."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import hkr_keras as hkr
+from hkr_keras.callbacks import CertifiedEvaluation, LipschitzMonitor, Orthonormalize
+
+BACKEND = keras.backend.backend()
+EXACT = 4e-6  # polishing ends at 1e-6 in every entry of an 8 x 8 Gram matrix, in float32
+N, BATCH = 24, 8
+generator = np.random.default_rng(0)
+X = generator.normal(size=(N, 6)).astype("float32")
+Y = (X.sum(axis=1) > 0).astype("int32")
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    keras.utils.set_random_seed(0)
+
+
+def plain_model(**dense_arguments):
+    return keras.Sequential(
+        [
+            keras.Input((6,)),
+            keras.layers.Reshape((6, 1)),
+            keras.layers.Conv1D(4, 3, padding="same"),
+            keras.layers.DepthwiseConv1D(2, depth_multiplier=2),
+            keras.layers.Flatten(),
+            keras.layers.Dense(8, **dense_arguments),
+            hkr.layers.GroupSort(2),
+            keras.layers.Dense(1),
+        ]
+    )
+
+
+def our_model(head=1):
+    return keras.Sequential(
+        [keras.Input((6,)), hkr.layers.LipschitzDense(8), hkr.layers.GroupSort(2), hkr.layers.LipschitzDense(head)]
+    )
+
+
+def compiled(model, optimizer=None, **arguments):
+    model.compile(optimizer or keras.optimizers.Adam(3e-2), hkr.losses.HKR(alpha=5, margin=0.3), **arguments)
+    return model
+
+
+def fit(model, *callbacks, epochs=1):
+    return model.fit(X, Y, batch_size=BATCH, epochs=epochs, shuffle=False, verbose=0, callbacks=list(callbacks)).history
+
+
+def host(variable):
+    return np.asarray(ops.convert_to_numpy(variable), dtype="float64")
+
+
+def singular_values(layer):
+    """Of the kernel's matrices, times the gain that bounds the operator by them."""
+    values = []
+    for name, geometry in hkr.geometry.kernel_geometries(layer).items():
+        matrices = host(geometry.to_matrices(ops.convert_to_tensor(getattr(layer, name))))
+        values.extend(geometry.gain * np.linalg.svd(matrices, compute_uv=False).ravel())
+    return values
+
+
+def deviation(model):
+    """How far the kernels of trainable layers are from orthonormal ones."""
+    layers = [layer for layer in model._flatten_layers() if layer.trainable]
+    return max(abs(value - 1) for layer in layers for value in singular_values(layer))
+
+
+def largest(model):
+    return max(value for layer in model._flatten_layers() for value in singular_values(layer))
+
+
+class Probe(keras.callbacks.Callback):
+    """Notes the largest singular value after every batch, and how exact the kernels are after every epoch."""
+
+    def __init__(self):
+        super().__init__()
+        self.begin, self.batches, self.epochs = None, [], []
+
+    def on_train_begin(self, logs=None):
+        self.begin = deviation(self.model)
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.batches.append(largest(self.model))
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.epochs.append(deviation(self.model))
+
+
+@pytest.mark.parametrize(
+    ("every", "projected_batches", "exact_epochs"),
+    [
+        ("batch", [True] * 6, True),
+        (2, [False, True, False, True, False, True], True),
+        (3, [False, False, True, False, False, True], True),
+        (4, [False, False, False, True, False, False], True),
+        ("epoch", [False] * 6, True),
+        ("train_end", [False] * 6, False),
+    ],
+)
+def test_plain_layers_are_projected_when_asked(every, projected_batches, exact_epochs):
+    model, probe = compiled(plain_model()), Probe()
+    fit(model, Orthonormalize(every), probe, epochs=2)
+    assert probe.begin < EXACT
+    assert [value <= 1 + 1e-6 for value in probe.batches] == projected_batches
+    assert [value < EXACT for value in probe.epochs] == [exact_epochs] * 2
+    assert deviation(model) < EXACT
+    bounds = [hkr.lipschitz_bound(layer) for layer in model.layers]
+    assert max(bounds) <= 1 + 1e-6
+
+
+@pytest.mark.parametrize("every", ["batch", 5, "epoch", "train_end"])
+def test_our_layers_are_always_on_the_set_and_polished_at_the_end(every):
+    model, probe = compiled(our_model()), Probe()
+    fit(model, Orthonormalize(every), probe, epochs=2)
+    assert max(probe.batches) <= 1 + 1e-6
+    assert [value < EXACT for value in probe.epochs] == [every != "train_end"] * 2
+    assert deviation(model) < EXACT
+
+
+def test_without_the_callback_plain_layers_leave_the_set():
+    model, probe = compiled(plain_model()), Probe()
+    fit(model, probe)
+    assert max(probe.batches) > 1.01
+
+
+def test_training_still_moves_the_weights():
+    model = compiled(plain_model())
+    before = [host(weight) for weight in model.trainable_weights]
+    losses = fit(model, Orthonormalize(), epochs=8)["loss"]
+    assert losses[-1] < losses[0]
+    assert all(np.abs(old - host(new)).max() > 1e-3 for old, new in zip(before, model.trainable_weights, strict=True))
+
+
+@pytest.mark.parametrize("every", ["batch", 3])
+def test_several_steps_per_execution_are_refused_for_plain_layers(every):
+    callback = Orthonormalize(every)
+    callback.set_model(compiled(plain_model(), steps_per_execution=4))
+    with pytest.raises(ValueError, match=r"steps_per_execution=4, every=.*layers without a constraint: conv1d"):
+        callback.on_train_begin()
+
+
+@pytest.mark.parametrize(
+    ("build", "every"), [(our_model, "batch"), (our_model, 3), (plain_model, "epoch"), (plain_model, "train_end")]
+)
+def test_several_steps_per_execution_are_fine_otherwise(build, every):
+    model = compiled(build(), steps_per_execution=1 if BACKEND == "torch" else 4)
+    model.fit(X, Y, batch_size=4, verbose=0, callbacks=[Orthonormalize(every)])
+    assert deviation(model) < EXACT
+
+
+@pytest.mark.parametrize("every", [0, -1, 1.5, True, None, "step", "epochs"])
+def test_wrong_every(every):
+    with pytest.raises(ValueError, match=f"Received: every={every}"):
+        Orthonormalize(every)
+
+
+def test_a_constraint_of_another_library_is_refused():
+    model = compiled(plain_model(kernel_constraint=keras.constraints.MaxNorm(2)))
+    with pytest.raises(ValueError, match=r"Expected the constraint .* Received: constraint=.*MaxNorm"):
+        fit(model, Orthonormalize())
+
+
+def test_frozen_plain_layers_are_left_alone():
+    model = plain_model(trainable=False)
+    frozen = model.layers[4]
+    before = host(frozen.kernel)
+    fit(compiled(model), Orthonormalize())
+    assert np.array_equal(host(frozen.kernel), before)
+    assert deviation(model) < EXACT
+
+
+def test_nested_and_shared_plain_layers():
+    body = keras.Sequential([keras.Input((6,)), keras.layers.Dense(6), hkr.layers.GroupSort(2)])
+    x = keras.Input((6,))
+    model = compiled(keras.Model(x, keras.layers.Dense(1)(body(body(x)))))
+    fit(model, Orthonormalize())
+    assert deviation(model) < EXACT
+
+
+def test_a_bound_constraint_on_a_plain_dense_layer_is_used():
+    model = compiled(plain_model(kernel_constraint=hkr.constraints.SpectralBall()))
+    dense = model.layers[4]
+    dense.kernel.assign(0.25 * dense.kernel)
+    fit(model, Orthonormalize())
+    assert max(singular_values(dense)) <= 1 + 1e-6
+    assert min(singular_values(dense)) < 0.9
+
+
+def test_config():
+    for every in ("batch", 3, "epoch", "train_end"):
+        callback = Orthonormalize(every)
+        assert callback.get_config() == {"every": every}
+        copy = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(callback))
+        assert type(copy) is Orthonormalize
+        assert copy.every == every
+
+
+# ---- what runs behind the constraint -----------------------------------------------------------------------
+
+
+def averaging(frequency=None):
+    return keras.optimizers.Adam(1e-1, use_ema=True, ema_momentum=0.8, ema_overwrite_frequency=frequency)
+
+
+@pytest.mark.parametrize("build", [our_model, plain_model])
+@pytest.mark.parametrize("frequency", [None, 2])
+def test_averaged_weights_are_repaired_at_the_end(build, frequency):
+    without = compiled(our_model(), averaging(frequency))
+    fit(without)
+    assert deviation(without) > 1e-4
+    model = compiled(build(), averaging(frequency))
+    fit(model, Orthonormalize())
+    assert deviation(model) < EXACT
+
+
+@pytest.mark.parametrize("build", [our_model, plain_model])
+def test_swapped_averages_are_repaired_before_evaluation(build):
+    class AtTest(keras.callbacks.Callback):
+        found = None
+
+        def on_test_begin(self, logs=None):
+            self.found = deviation(self.model)
+
+    model, probe = compiled(build(), averaging()), AtTest()
+    callbacks = [keras.callbacks.SwapEMAWeights(), Orthonormalize(), probe]
+    model.fit(X, Y, batch_size=BATCH, epochs=2, verbose=0, callbacks=callbacks, validation_data=(X, Y))
+    assert probe.found < EXACT
+    assert deviation(model) < EXACT
+
+
+@pytest.mark.parametrize("build", [our_model, plain_model])
+def test_loaded_weights_are_repaired_at_the_start(build, tmp_path):
+    model = build()
+    for weight in model.trainable_weights:
+        weight.assign(1.3 * ops.convert_to_tensor(weight))
+    model.save_weights(tmp_path / "off.weights.h5")
+    other, probe = build(), Probe()
+    other.load_weights(tmp_path / "off.weights.h5")
+    assert deviation(other) > 0.1
+    fit(compiled(other), Orthonormalize(), probe)
+    assert probe.begin < EXACT
+
+
+def test_evaluating_without_averages_changes_nothing():
+    model = compiled(our_model())
+    fit(model)
+    before = [host(weight) for weight in model.weights]
+    model.evaluate(X, Y, verbose=0, callbacks=[Orthonormalize()])
+    assert all(np.array_equal(old, host(new)) for old, new in zip(before, model.weights, strict=True))
+
+
+# ---- logs --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("build", [our_model, plain_model])
+def test_monitor(build):
+    model = compiled(build())
+    before = [host(weight) for weight in model.weights]
+    LipschitzMonitor().set_model(model)
+    assert all(np.array_equal(old, host(new)) for old, new in zip(before, model.weights, strict=True))
+
+    history = fit(model, LipschitzMonitor(), epochs=2)
+    assert set(history) == {"loss", "lipschitz_bound", "sigma_min", "sigma_max"}
+    assert all(len(values) == 2 for values in history.values())
+    rows = [row for row in hkr.lipschitz_summary(model, print_fn=None).rows if row.sigma_max is not None]
+    assert history["lipschitz_bound"][-1] == hkr.lipschitz_bound(model)
+    assert history["sigma_max"][-1] == pytest.approx(max(row.sigma_max for row in rows), rel=1e-9)
+    assert history["sigma_min"][-1] == pytest.approx(min(row.sigma_min for row in rows), rel=1e-9)
+    assert history["sigma_min"][0] < history["sigma_max"][0] <= history["lipschitz_bound"][0] * 1.5
+
+
+def test_monitor_of_a_dense_model_finds_the_singular_values():
+    model = compiled(our_model())
+    history = fit(model, LipschitzMonitor())
+    values = [value for layer in model.layers for value in singular_values(layer)]
+    assert history["sigma_max"][-1] == pytest.approx(max(values), rel=1e-6)
+    assert history["sigma_min"][-1] == pytest.approx(min(values), rel=1e-6)
+
+
+def test_monitor_sees_what_orthonormalize_did():
+    history = fit(compiled(plain_model()), Orthonormalize(), LipschitzMonitor())
+    assert history["lipschitz_bound"][-1] <= 1 + 1e-5
+
+
+@pytest.mark.parametrize("outputs", [1, 3])
+def test_certified_evaluation(outputs):
+    model, labels = our_model(outputs), Y if outputs == 1 else np.arange(N) % 3
+    loss = hkr.losses.HKR() if outputs == 1 else hkr.losses.MulticlassHKR()
+    model.compile(keras.optimizers.Adam(1e-2), loss)
+    callback = CertifiedEvaluation(X, labels, [0.0, 0.25, 1.5], batch_size=7)
+    history = model.fit(X, labels, batch_size=BATCH, epochs=2, verbose=0, callbacks=[callback]).history
+    certificate = hkr.certify(model, X, verbose=0)
+    expected = {
+        "clean_accuracy": certificate.accuracy(labels),
+        "certified_accuracy_0": certificate.accuracy(labels, 0.0),
+        "certified_accuracy_0.25": certificate.accuracy(labels, 0.25),
+        "certified_accuracy_1.5": certificate.accuracy(labels, 1.5),
+        "mean_certified_radius": certificate.mean_radius(labels),
+        "lipschitz_bound": certificate.bound,
+    }
+    assert set(history) == {"loss", *expected}
+    assert {key: values[-1] for key, values in history.items() if key != "loss"} == pytest.approx(expected, rel=1e-5)
+    assert 0 < expected["clean_accuracy"] <= 1
+
+
+def test_loggers_that_come_later_see_the_numbers(tmp_path):
+    logger = keras.callbacks.CSVLogger(str(tmp_path / "log.csv"))
+    fit(compiled(our_model()), LipschitzMonitor(), CertifiedEvaluation(X, Y, [0.25]), logger)
+    header = (tmp_path / "log.csv").read_text().splitlines()[0].split(",")
+    assert {"lipschitz_bound", "sigma_min", "certified_accuracy_0.25"} <= set(header)
