@@ -13,7 +13,7 @@ from hkr_keras.geometry import Geometry
 Tensor = Any
 
 _MAX_POLISHING_STEPS = 60
-_POLISHED = 1e-6  # |W^T W - I|_F at which float32 has nothing left to gain
+_POLISHED = 1e-6  # largest entry of |W^T W - I| at which float32 has little left to gain
 
 
 class LipschitzConstraint(keras.constraints.Constraint):

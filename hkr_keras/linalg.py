@@ -20,8 +20,13 @@ def _working_dtype(tensor: Tensor) -> str:
     return dtype if dtype in ("float32", "float64") else "float32"
 
 
-def _norm(tensor: Tensor, axis=None, keepdims=False) -> Tensor:
-    return ops.sqrt(ops.sum(ops.square(tensor), axis=axis, keepdims=keepdims))
+def _norm(tensor: Tensor, axis) -> Tensor:
+    return ops.sqrt(ops.sum(ops.square(tensor), axis=axis, keepdims=True))
+
+
+def _matrix_norm(matrices: Tensor) -> Tensor:
+    """Frobenius norms, `(..., 1, 1)`."""
+    return _norm(matrices, axis=(-2, -1))
 
 
 def unit_norm(tensor: Tensor, axis=-2) -> Tensor:
@@ -46,7 +51,7 @@ def unit_norm(tensor: Tensor, axis=-2) -> Tensor:
     # Dividing by the largest entry first keeps the squares from overflowing or vanishing.
     largest = ops.max(ops.abs(vectors), axis=axis, keepdims=True)
     vectors = vectors / ops.maximum(largest, _TINY)
-    vectors = vectors / ops.maximum(_norm(vectors, axis, keepdims=True), _TINY)
+    vectors = vectors / ops.maximum(_norm(vectors, axis), _TINY)
     return ops.cast(vectors, tensor.dtype)
 
 
@@ -55,9 +60,12 @@ def newton_schulz(matrices: Tensor, steps: int = 1) -> Tensor:
 
     `steps` iterations of `W <- 1.5 W - 0.5 W W^T W` towards the solution of `min |Q - W|_F` subject to
     `Q^T Q = I` (or `Q Q^T = I` when there are fewer rows than columns). The cubic maps singular values in
-    `[0, sqrt(3)]` into `[0, 1]` and turns a deviation d from 1 into 1.5 d^2. The guard scales a matrix down
-    first when the proven bound `|W|^2 <= min(1 + |W^T W - I|_F, |W^T W|_F)` exceeds 3, so the norm of the
-    result is at most 1 (up to rounding, 4e-7 in float32) for every finite input and every `steps >= 1`.
+    `[0, 2]` into `[-1, 1]` and turns a deviation d from 1 into 1.5 d^2. Two guards scale a matrix down first:
+
+    - for soundness, until a proven bound on its norm is at most 2, so that the norm of the result is at most 1
+      (up to rounding, 4e-7 in float32) for every finite input and every `steps >= 1`;
+    - for quality, by an estimate of its norm when that is above 1, since the cubic shrinks what is well above 1
+      and would wipe out the very direction in which the last step went.
 
     Args:
         matrices: floating point tensor `(..., rows, columns)`.
@@ -85,15 +93,33 @@ def newton_schulz(matrices: Tensor, steps: int = 1) -> Tensor:
     for _ in range(steps):
         transposed = ops.swapaxes(w, -1, -2)
         gram = ops.matmul(w, transposed) if wide else ops.matmul(transposed, w)
-        squared_norm = ops.minimum(
-            1.0 + _norm(gram - identity, axis=(-2, -1), keepdims=True),
-            _norm(gram, axis=(-2, -1), keepdims=True),
-        )
-        scale = ops.minimum(3.0 / ops.maximum(squared_norm, 3.0), 1.0)
+        proven = ops.maximum(_squared_norm_bound(gram, gram - identity), 4.0)
+        estimate = ops.maximum(_largest_eigenvalue_estimate(gram), 1.0)
+        scale = ops.minimum(4.0 / proven, 1.0 / estimate)
         residual = identity - scale * gram
         correction = ops.matmul(residual, w) if wide else ops.matmul(w, residual)
         w = ops.sqrt(scale) * (w + 0.5 * correction)
     return ops.cast(w, matrices.dtype)
+
+
+def _squared_norm_bound(gram: Tensor, deviation: Tensor) -> Tensor:
+    """An upper bound on `|W|^2 = |G|`: `1 + |G - I|_F`, and after a wild step the smallest of three bounds."""
+    near = 1.0 + _matrix_norm(deviation)
+
+    def smallest():
+        fourth_power = _matrix_norm(ops.matmul(deviation, deviation))  # |G - I|^2 is at most this
+        return ops.minimum(ops.minimum(near, _matrix_norm(gram)), 1.0 + ops.sqrt(fourth_power))
+
+    return ops.cond(ops.any(near > 4.0), smallest, lambda: near)
+
+
+def _largest_eigenvalue_estimate(gram: Tensor) -> Tensor:
+    """Four power iterations from a fixed vector: an estimate from below, so for quality and never for a bound."""
+    start = np.cos(np.arange(gram.shape[-1]) * 2.4)[:, None]
+    v = ops.matmul(gram, ops.convert_to_tensor(start, dtype=gram.dtype))
+    for _ in range(4):
+        v = ops.matmul(gram, v / ops.maximum(_matrix_norm(v), _TINY))
+    return _matrix_norm(v)
 
 
 def orthonormal_basis(matrices: Tensor) -> Tensor:
@@ -161,11 +187,11 @@ def spectral_norm_bound(matrices: Tensor, squarings: int = 6) -> Tensor:
     # invariant: |W|^2 <= largest^2 * root * |gram|_F^(1 / power)
     log_bound, power = 0.0, 1.0
     for _ in range(squarings):
-        size = ops.maximum(_norm(gram, axis=(-2, -1), keepdims=True), _TINY)
+        size = ops.maximum(_matrix_norm(gram), _TINY)
         log_bound = log_bound + ops.log(size) / power
         gram = ops.matmul(gram / size, gram / size)
         power *= 2.0
-    size = ops.maximum(_norm(gram, axis=(-2, -1), keepdims=True), _TINY)
+    size = ops.maximum(_matrix_norm(gram), _TINY)
     return (1.0 + 1e-5) * largest * ops.exp(0.5 * (log_bound + ops.log(size) / power))
 
 

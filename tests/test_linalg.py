@@ -61,8 +61,15 @@ def test_newton_schulz_converges_to_the_polar_factor(shape):
 
 def test_newton_schulz_turns_a_deviation_into_its_square():
     deviation = 1e-2
-    result = singular_values(linalg.newton_schulz(orthonormal((5, 3)) * np.float32(1 + deviation)))
+    result = singular_values(linalg.newton_schulz(orthonormal((5, 3)) * np.float32(1 - deviation)))
     np.testing.assert_allclose(1 - result, 1.5 * deviation**2, rtol=0.05)
+
+
+@pytest.mark.parametrize("stretch", [1.2, 1.7, 3.0, 100.0])
+def test_newton_schulz_keeps_the_direction_that_a_step_has_stretched(stretch):
+    u = orthonormal((8, 1))
+    result = to_numpy(linalg.newton_schulz((np.eye(8) + (stretch - 1) * u @ u.T).astype("float32")))
+    assert float((u.T @ result @ u)[0, 0]) > 0.9
 
 
 @pytest.mark.parametrize("function", [linalg.newton_schulz, linalg.spectral_ball, linalg.unit_norm])
