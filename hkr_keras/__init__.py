@@ -12,6 +12,7 @@ from hkr_keras import (
     margins,
     metrics,
     models,
+    plotting,
 )
 from hkr_keras._version import __version__
 from hkr_keras.bounds import lipschitz_bound, lipschitz_summary
@@ -34,4 +35,5 @@ __all__ = [
     "margins",
     "metrics",
     "models",
+    "plotting",
 ]

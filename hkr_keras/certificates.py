@@ -17,6 +17,8 @@ _ONE_SIDED = {
 
 _HANDS_ON = (keras.layers.Flatten, keras.layers.Reshape, keras.layers.Dropout, keras.layers.Identity)
 
+_ROUNDED_DOWN = 1 - 1e-12  # covers the float64 rounding of the radius itself
+
 _STATEMENT = (
     "For every input: no change of L2 norm below its radius (in the units of the model's input) alters the "
     "predicted class. This holds for the network in exact arithmetic with the stored weights, at inference; "
@@ -192,7 +194,7 @@ def certify(model, x, batch_size: int = 128, verbose="auto") -> Certificate:
                 f"Received: a single output that ends in '{getattr(layer, 'name', '')}'"
             )
         scores = logits.reshape(-1)
-        return Certificate(np.abs(scores) / bound, (scores > 0).astype(np.int64), bound, 1, "score")
+        return Certificate(np.abs(scores) / bound * _ROUNDED_DOWN, (scores > 0).astype(np.int64), bound, 1, "score")
 
     prediction = logits.argmax(axis=1)
     margin = np.take_along_axis(logits, prediction[:, None], axis=1) - logits
@@ -201,12 +203,18 @@ def certify(model, x, batch_size: int = 128, verbose="auto") -> Certificate:
     else:
         weights, constants = flows[0].head
         before = bounds.Flow(constants).constant
-        distances = np.linalg.norm(weights[:, :, None] - weights[:, None, :], axis=0)
-        method, change = "pairwise", before * distances
+        method, change = "pairwise", before * _distances(weights)
     with np.errstate(divide="ignore", invalid="ignore"):
-        radii = np.where(margin > 0, margin / (change[prediction] * (1 + 1e-12)), 0.0)
+        radii = np.where(margin > 0, margin / change[prediction] * _ROUNDED_DOWN, 0.0)
     np.put_along_axis(radii, prediction[:, None], np.inf, axis=1)
     return Certificate(radii.min(axis=1), prediction, bound, logits.shape[1], method)
+
+
+def _distances(weights: np.ndarray) -> np.ndarray:
+    """Euclidean distances between the columns, `(columns, columns)`; one column at a time, for wide heads."""
+    scale = max(float(np.abs(weights).max()), np.finfo(np.float64).tiny)  # squares of tiny weights would vanish
+    columns = (weights / scale).T
+    return scale * np.stack([np.linalg.norm(columns - column, axis=1) for column in columns])
 
 
 def _check_precision(model) -> None:

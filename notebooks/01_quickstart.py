@@ -33,7 +33,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import hkr_keras as hkr
-from hkr_keras import plotting
+
 
 keras.utils.set_random_seed(0)
 data = hkr.datasets.load("digits")  # 1,797 handwritten digits, 8 x 8 pixels in [0, 1]
@@ -73,9 +73,7 @@ model.compile(
     loss=hkr.losses.MulticlassHKR(alpha=50, margin=0.5),
     metrics=["accuracy", hkr.metrics.CertifiedAccuracy(epsilon=0.25)],
 )
-history = model.fit(
-    data.x_train, data.y_train, epochs=epochs, verbose=0, callbacks=[hkr.callbacks.Orthonormalize()]
-)
+history = model.fit(data.x_train, data.y_train, epochs=epochs, verbose=0, callbacks=[hkr.callbacks.Orthonormalize()])
 print({name: round(values[-1], 3) for name, values in history.history.items()})
 
 # %% [markdown]
@@ -100,7 +98,7 @@ for epsilon in (0.1, 0.25, 0.5):
     print(f"certified accuracy at {epsilon:<5} {certificate.accuracy(data.y_test, epsilon):.1%}")
 print(f"mean certified radius       {certificate.mean_radius(data.y_test):.3f}")
 
-plotting.plot_certified_accuracy(certificate, data.y_test)
+hkr.plotting.plot_certified_accuracy(certificate, data.y_test)
 plt.show()
 
 # %% [markdown]
@@ -132,7 +130,7 @@ binary.compile(
     loss=hkr.losses.HKR(alpha=10, margin=0.3),
 )
 binary.fit(moons.x_train, moons.y_train, batch_size=25, epochs=epochs, verbose=0)
-plotting.plot_field(binary, moons.x_test, moons.y_test)
+hkr.plotting.plot_field(binary, moons.x_test, moons.y_test)
 plt.show()
 
 # %% [markdown]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import hkr_keras as hkr
-from hkr_keras import Certificate, certify
+from hkr_keras import Certificate, certificates, certify
 
 FEATURES = 6
 
@@ -374,3 +374,18 @@ def test_overflowing_logits_are_refused():
 def test_inputs_that_are_refused(x, message):
     with pytest.raises(ValueError, match=message):
         certify(dense_model(3), x, verbose=0)
+
+
+def test_tiny_weights_of_a_float64_head_give_no_infinite_radius():
+    scale = 1e-200  # its square is not a float64 any more
+    plain, tiny = (
+        keras.Sequential([keras.Input((2,)), hkr.layers.LipschitzDense(2, use_bias=False), *rest])
+        for rest in ([], [hkr.layers.Scale(scale)])
+    )
+    for model in (plain, tiny):
+        model.layers[0].kernel.assign(np.eye(2))
+    weights = certificates._distances(np.eye(2) * scale)
+    np.testing.assert_allclose(weights, scale * np.sqrt([[0.0, 2.0], [2.0, 0.0]]))
+    x = np.array([[1.0, 0.0]], "float32")
+    assert hkr.certify(plain, x, verbose=0).radius[0] == pytest.approx(0.5**0.5)
+    assert hkr.certify(tiny, x, verbose=0).radius[0] == 0.0  # float32 logits underflow to a tie
