@@ -34,7 +34,6 @@ import numpy as np
 
 import hkr_keras as hkr
 
-
 keras.utils.set_random_seed(0)
 data = hkr.datasets.load("digits")  # 1,797 handwritten digits, 8 x 8 pixels in [0, 1]
 

@@ -11,7 +11,10 @@ import pytest
 import hkr_keras as hkr
 
 CONTRACT = {
-    hkr: "lipschitz_bound lipschitz_summary certify Certificate layers losses metrics callbacks constraints datasets plotting",
+    hkr: (
+        "lipschitz_bound lipschitz_summary certify Certificate layers losses metrics callbacks constraints datasets "
+        "plotting"
+    ),
     hkr.layers: (
         "LipschitzDense LipschitzConv1D LipschitzConv2D LipschitzConv3D LipschitzConv1DTranspose "
         "LipschitzConv2DTranspose LipschitzConv3DTranspose LipschitzDepthwiseConv1D LipschitzDepthwiseConv2D "
