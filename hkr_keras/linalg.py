@@ -137,7 +137,7 @@ def orthonormal_basis(matrices: Tensor) -> Tensor:
     Example:
 
     >>> from keras import ops
-    >>> ops.convert_to_numpy(orthonormal_basis(3 * ops.eye(2))).tolist()
+    >>> (ops.convert_to_numpy(orthonormal_basis(3 * ops.eye(2))) + 0.0).tolist()
     [[1.0, 0.0], [0.0, 1.0]]
 
     Reference:
