@@ -7,6 +7,7 @@ with `@hkr_keras.bounds.layer_bound.register(MyLayer)`, exactly as this module d
 
 import dataclasses
 import functools
+import inspect
 import io
 import json
 import math
@@ -270,8 +271,17 @@ def _register(bound: Callable[[Any], float], *classes: type) -> None:
 
 _k = keras.layers
 
+
+def _one(layer) -> float:
+    return 1.0
+
+
+def _factor(layer) -> float:
+    return abs(layer.k)
+
+
 _register(
-    lambda layer: 1.0,
+    _one,
     _k.InputLayer,
     _k.Identity,
     _k.Flatten,
@@ -314,7 +324,7 @@ _register(
     hkr_layers.LayerCentering,
     hkr_layers.BatchCentering,
 )
-_register(lambda layer: abs(layer.k), hkr_layers.Scale)
+_register(_factor, hkr_layers.Scale)
 
 
 def _kernel_layer(layer) -> float:
@@ -346,7 +356,12 @@ _register(lambda layer: activation_bound(layer.activation), _k.Activation)
 _register(lambda layer: 1.0, _k.Softmax)
 _register(lambda layer: max(1.0, abs(layer.negative_slope)), _k.LeakyReLU)
 _register(lambda layer: max(1.0, abs(layer.alpha)), _k.ELU)
-_register(lambda layer: max(1.0, float(np.abs(host(layer.alpha)).max())), _k.PReLU)
+
+
+@layer_bound.register
+def _(layer: keras.layers.PReLU) -> float:
+    _check_built(layer)
+    return max(1.0, float(np.abs(host(layer.alpha)).max()))
 
 
 @layer_bound.register
@@ -384,7 +399,8 @@ def _(layer: keras.layers.Rescaling) -> float:
     for numbers in (layer.scale, layer.offset):
         sizes = np.shape(numbers)
         known = (*(None for _ in sizes), *input_shape)[-len(sizes) :] if sizes else ()
-        if any(size not in (1, n) for size, n in zip(sizes, known, strict=True)):
+        shared = len(layer._inbound_nodes) > 1 and math.prod(sizes) > 1  # perhaps with inputs of other shapes
+        if shared or any(size not in (1, n) for size, n in zip(sizes, known, strict=True)):
             raise ValueError(
                 f"Expected the scale and offset of Rescaling '{layer.name}' to have the sizes of its input, since "
                 f"broadcasting enlarges norms. Received: shape={sizes}, input_shape={input_shape or None}"
@@ -468,27 +484,30 @@ class Flow:
         return _length(self.constants)
 
 
+#: What a subclass may override: construction and configuration. Bounds are read from the stored weights.
 _HARMLESS = {
-    *("__init__", "build", "add_weight", "get_config", "from_config", "compute_output_shape", "compute_output_spec"),
+    *("build", "add_weight", "get_config", "from_config", "compute_output_shape", "compute_output_spec"),
     *("enable_lora", "quantize"),
 }
+_ACCESS = {"__call__", "__getattribute__", "__getattr__"}
+
+
+def _overridden(layer, known: type) -> set[str]:
+    """Names of methods and properties of a known class that a layer of a subclass resolves to something else."""
+    defined = {name for cls in type(layer).__mro__ if cls not in known.__mro__ for name in vars(cls)}
+    changed = {
+        name
+        for name in defined - _HARMLESS
+        if name in _ACCESS or (not name.startswith("__") and hasattr(known, name))
+        if inspect.getattr_static(type(layer), name) is not inspect.getattr_static(known, name, None)
+    }
+    return changed | {name for name in set(vars(layer)) - _HARMLESS if inspect.isfunction(getattr(known, name, None))}
 
 
 def _check_not_overridden(layer, registry) -> None:
     """Refuses a subclass that changes what a registered class computes: its bound would be somebody else's."""
-    mro = type(layer).__mro__
-    known = next((cls for cls in mro if cls in registry), object)
-    if known is object:
-        return
-    changed = {
-        name
-        for cls in mro[: mro.index(known)]
-        for name, value in vars(cls).items()
-        if hasattr(known, name) and not name.startswith("__") and name not in _HARMLESS and callable(value)
-    }
-    changed |= {"__call__"} & {name for cls in mro[: mro.index(known)] for name in vars(cls)}
-    replaced = {name for name, value in vars(layer).items() if callable(value) and callable(getattr(known, name, None))}
-    changed |= replaced - _HARMLESS
+    known = next((cls for cls in type(layer).__mro__ if cls in registry), object)
+    changed = _overridden(layer, known) if known is not object else set()
     if changed:
         raise ValueError(
             f"Expected a subclass of {known.__name__} that computes the same function; a bound for it must be "
@@ -521,16 +540,24 @@ def flow_through(layer, flows: list[Flow], shapes: list | None = None, visit: Vi
         output = _flow_through_layer(layer, flows[0])
     else:
         _check_not_overridden(layer, merge_bound.registry)
-        inner_shapes = {tuple(shape[1:]) for shape in shapes or []}
-        if len(inner_shapes) != 1 and not isinstance(layer, keras.layers.Concatenate):
-            raise ValueError(
-                f"Expected the inputs of {type(layer).__name__} '{layer.name}' to have equal shapes, since "
-                f"broadcasting enlarges norms. Received: shapes={shapes}"
-            )
+        _check_no_broadcasting(layer, shapes or [])
         output = Flow(merge_bound(layer, np.stack([flow.constants for flow in flows])) * (1 + 8 * _EPSILON))
     if visit is not None:
         visit(layer, flows, output)
     return [output]
+
+
+def _check_no_broadcasting(layer, shapes: list) -> None:
+    if isinstance(layer, keras.layers.Concatenate):
+        if layer.axis % len(shapes[0]) == 0:
+            raise ValueError(f"Expected inputs to stay apart in the batch. Received: {layer.name}.axis={layer.axis}")
+        return
+    inner = {tuple(shape[1:]) for shape in shapes}
+    if len(inner) != 1 or None in next(iter(inner)):
+        raise ValueError(
+            f"Expected the inputs of {type(layer).__name__} '{layer.name}' to have equal and known shapes, since "
+            f"broadcasting enlarges norms. Received: shapes={shapes}"
+        )
 
 
 def _flow_through_layer(layer, flow: Flow) -> Flow:
@@ -539,24 +566,51 @@ def _flow_through_layer(layer, flow: Flow) -> Flow:
     if bound > 0:  # a product of tiny constants must not underflow to 0
         constants = np.where(flow.constants > 0, np.maximum(constants, np.finfo(np.float64).tiny), 0.0)
     output = Flow(constants)
-    if isinstance(layer, keras.layers.Dense) and layer.activation is keras.activations.linear:
+    rule = layer_bound.dispatch(type(layer))  # a class with a bound of its own may compute anything
+    if rule is _kernel_layer and isinstance(layer, keras.layers.Dense) and layer.activation is keras.activations.linear:
         return dataclasses.replace(output, head=(host(layer.kernel), flow.constants))
-    if isinstance(layer, (keras.layers.Dropout, keras.layers.Identity)):
+    if rule is _one and isinstance(layer, (keras.layers.Dropout, keras.layers.Identity)):
         return dataclasses.replace(output, head=flow.head)
-    if isinstance(layer, hkr_layers.Scale) and flow.head is not None:
+    if rule is _factor and flow.head is not None:
         return dataclasses.replace(output, head=(flow.head[0] * layer.k, flow.head[1]))
     return output
 
 
-def _check_is_plain_model(model, cls) -> None:
-    """Refuses a model whose `call` is its own: the graph does not tell what it computes."""
-    if cls is None or type(model).call is not cls.call or "call" in vars(model):
-        layer_bound.dispatch(object)(model)
+_GRAPH = {"call", "layers", "inputs", "outputs", "operations", "_nodes_by_depth", "_run_through_graph", *_ACCESS}
+
+
+def _check_is_plain_model(model, cls: type | None) -> None:
+    """Refuses a model whose forward pass is its own: its layers do not tell what it computes."""
+    if cls is None or _overridden(model, cls) & _GRAPH:
+        raise ValueError(
+            "Expected a Sequential or functional model, whose graph can be read, or one whose class is registered "
+            f"with @hkr_keras.bounds.layer_bound.register({type(model).__name__}). "
+            f"Received: model={type(model).__name__} '{model.name}' with a forward pass of its own"
+        )
+
+
+def _check_arguments(node, model) -> None:
+    """Refuses whatever a layer was called with beside its inputs: masks, constants, the training mode."""
+    flat = keras.tree.flatten((node.arguments.args, node.arguments.kwargs))
+    other = [value for value in flat if not (isinstance(value, keras.KerasTensor) or value is None or value is False)]
+    if other:
+        raise ValueError(
+            "Expected every layer to be called with tensors of the model alone, in inference mode. "
+            f"Received: {node.operation.name}(...) with {other[0]!r} in model '{model.name}'"
+        )
+    several = isinstance(node.operation, keras.Model) and len(node.input_tensors) > 1
+    if several and any(isinstance(x, dict) for x in (*node.arguments.args[:1], node.operation.input)):
+        raise ValueError(
+            "Expected a nested model with several inputs to take them as a list, in order. "
+            f"Received: a dictionary of inputs of '{node.operation.name}' in model '{model.name}'"
+        )
 
 
 def _flow_through_graph(model, flows: list[Flow], visit: Visit | None) -> list[Flow]:
-    functional = next((cls for cls in type(model).__mro__ if cls.__name__ == "Functional"), None)
-    _check_is_plain_model(model, functional)
+    classes = (
+        cls for cls in type(model).__mro__ if cls.__name__ == "Functional" and cls.__module__.startswith("keras.")
+    )
+    _check_is_plain_model(model, next(classes, None))
     known = {id(tensor): flow for tensor, flow in zip(model.inputs, flows, strict=True)}
     for depth in sorted(model._nodes_by_depth, reverse=True):
         for node in model._nodes_by_depth[depth]:
@@ -568,12 +622,7 @@ def _flow_through_graph(model, flows: list[Flow], visit: Visit | None) -> list[F
                     "Expected a model made of layers: use keras.layers.Add() and the like in place of operators "
                     f"and keras.ops. Received: operation={type(layer).__name__} '{layer.name}'"
                 )
-            arguments = [*node.arguments.args[1:], node.arguments.kwargs.get("training")]
-            if any(argument is True for argument in arguments):
-                raise ValueError(
-                    "Expected every layer to run in inference mode. "
-                    f"Received: {layer.name}(..., training=True) in model '{model.name}'"
-                )
+            _check_arguments(node, model)
             outputs = flow_through(layer, [known[id(t)] for t in tensors], [t.shape for t in tensors], visit)
             known.update((id(tensor), flow) for tensor, flow in zip(node.outputs, outputs, strict=True))
     return [known[id(tensor)] for tensor in model.outputs]
@@ -594,8 +643,14 @@ def model_flows(model, visit: Visit | None = None) -> list[Flow]:
         ValueError: for a model that is not built, or holds a layer without a known bound.
     """
     _check_built(model)
-    inputs = len(model.inputs) if isinstance(model, keras.Model) and getattr(model, "inputs", None) else 1
-    return flow_through(model, [Flow(row) for row in np.eye(inputs)], visit=visit)
+    inputs = (getattr(model, "inputs", None) or [None]) if isinstance(model, keras.Model) else [None]
+    for tensor in inputs:
+        if tensor is not None and "float" not in tensor.dtype:
+            raise ValueError(
+                "Expected inputs of a floating point type: rounding to integers has no Lipschitz constant. "
+                f"Received: input '{tensor.name}' of dtype {tensor.dtype}"
+            )
+    return flow_through(model, [Flow(row) for row in np.eye(len(inputs))], visit=visit)
 
 
 def lipschitz_bound(model) -> float:
@@ -626,13 +681,18 @@ def lipschitz_bound(model) -> float:
     """
     if isinstance(model, keras.Model) and type(model) not in layer_bound.registry:
         outputs = model_flows(model)
-        return _length([output.constant for output in outputs])
+        return outputs[0].constant if len(outputs) == 1 else _length([output.constant for output in outputs])
     _check_not_overridden(model, layer_bound.registry)
     if kernel_geometries(model):
         _check_built(model)
     for variable in getattr(model, "weights", ()):
         host(variable)
-    return float(layer_bound(model))
+    bound = float(layer_bound(model))
+    if not 0 <= bound < math.inf:
+        raise ValueError(
+            f"Expected a finite Lipschitz bound. Received: {bound} for {type(model).__name__} '{model.name}'"
+        )
+    return bound
 
 
 # ---- summary --------------------------------------------------------------------------------------------
@@ -727,9 +787,8 @@ def lipschitz_summary(model, print_fn: Callable[[str], Any] | None = print) -> L
             )
         )
 
-    outputs = model_flows(model, visit)
-    bound = _length([output.constant for output in outputs])
-    summary = LipschitzSummary(model.name, bound, tuple(rows))
+    model_flows(model, visit)
+    summary = LipschitzSummary(model.name, lipschitz_bound(model), tuple(rows))
     if print_fn is not None:
         print_fn(str(summary))
     return summary

@@ -12,10 +12,8 @@ from hkr_keras._version import __version__
 
 _ONE_SIDED = {
     getattr(keras.activations, name)
-    for name in ("sigmoid", "hard_sigmoid", "sparse_sigmoid", "softmax", "softplus", "relu", "relu6", "exponential")
+    for name in ("sigmoid", "hard_sigmoid", "sparse_sigmoid", "softmax", "softplus", "relu", "relu6")
 }
-
-_HANDS_ON = (keras.layers.Flatten, keras.layers.Reshape, keras.layers.Dropout, keras.layers.Identity)
 
 _ROUNDED_DOWN = 1 - 1e-12  # covers the float64 rounding of the radius itself
 
@@ -97,8 +95,10 @@ class Certificate:
         }
 
     def to_json(self) -> str:
-        """`to_dict` as JSON."""
-        return json.dumps(self.to_dict())
+        """`to_dict` as JSON; an infinite radius (two logits with a constant difference) is null."""
+        values = self.to_dict()
+        values["radius"] = [radius if math.isfinite(radius) else None for radius in values["radius"]]
+        return json.dumps(values, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> "Certificate":
@@ -113,7 +113,7 @@ class Certificate:
         try:
             stored = json.loads(text)
             return cls(
-                np.asarray(stored["radius"], dtype=np.float64),
+                np.array([math.inf if radius is None else radius for radius in stored["radius"]], dtype=np.float64),
                 np.asarray(stored["prediction"], dtype=np.int64),
                 float(stored["bound"]),
                 int(stored["classes"]),
@@ -159,25 +159,28 @@ def certify(model, x, batch_size: int = 128, verbose="auto") -> Certificate:
     Reference:
         Serrurier et al., CVPR 2021 (binary); Tsuzuku et al., NeurIPS 2018 (arXiv 1802.04034), section 4.
     """
-    _check_precision(model)
+    _check_model(model)
     arrays = [np.asarray(array) for array in keras.tree.flatten(x)]
     if not arrays or any(array.size == 0 for array in arrays):
         raise ValueError(f"Expected at least one input. Received: x with shapes {[array.shape for array in arrays]}")
+    if any(array.dtype.kind not in "fiub" for array in arrays):
+        raise ValueError(f"Expected numeric inputs. Received: x of dtypes {[str(array.dtype) for array in arrays]}")
     if not all(np.isfinite(array).all() for array in arrays):
         raise ValueError("Expected finite inputs. Received: x with NaN or infinite entries")
 
-    last: dict = {}  # the layer that computed a flow, but for those that only hand numbers on
+    one_sided: dict[int, bool] = {}  # which tensors cannot change their sign
 
     def visit(layer, inputs, output):
-        last[id(output)] = last.get(id(inputs[0]), layer) if isinstance(layer, _HANDS_ON) else layer
+        one_sided[id(output)] = _is_one_sided(layer, [one_sided.get(id(flow), False) for flow in inputs])
 
     flows = bounds.model_flows(model, visit)
-    bound = bounds.lipschitz_bound(model)
     if len(flows) != 1:
         raise ValueError(f"Expected a model with one output. Received: {len(flows)} outputs")
+    bound = flows[0].constant
     if bound == 0.0:
         raise ValueError("Expected a model that depends on its input. Received: a model with Lipschitz constant 0")
 
+    model.make_predict_function(force=True)  # an old one may hold layers or numbers that have changed since
     logits = np.asarray(model.predict(x, batch_size=batch_size, verbose=verbose), dtype=np.float64)
     if logits.ndim not in (1, 2):
         raise ValueError(f"Expected outputs of shape (n, 1) or (n, classes). Received: shape={logits.shape}")
@@ -185,13 +188,10 @@ def certify(model, x, batch_size: int = 128, verbose="auto") -> Certificate:
         raise ValueError("Expected finite outputs. Received: NaN or infinite scores or logits")
 
     if logits.ndim == 1 or logits.shape[1] == 1:
-        layer = last.get(id(flows[0]))
-        if getattr(layer, "activation", None) in _ONE_SIDED or isinstance(
-            layer, (keras.layers.ReLU, keras.layers.Softmax)
-        ):
+        if one_sided.get(id(flows[0])):
             raise ValueError(
                 "Expected a raw score, whose sign is the class: remove the final activation. "
-                f"Received: a single output that ends in '{getattr(layer, 'name', '')}'"
+                f"Received: model '{model.name}', whose single output cannot change its sign"
             )
         scores = logits.reshape(-1)
         return Certificate(np.abs(scores) / bound * _ROUNDED_DOWN, (scores > 0).astype(np.int64), bound, 1, "score")
@@ -217,7 +217,33 @@ def _distances(weights: np.ndarray) -> np.ndarray:
     return scale * np.stack([np.linalg.norm(columns - column, axis=1) for column in columns])
 
 
-def _check_precision(model) -> None:
+def _is_one_sided(layer, inputs: list[bool]) -> bool:
+    """Whether the output of a layer cannot change its sign: after a sigmoid, until a layer that shifts."""
+    activation = getattr(layer, "activation", layer)
+    if activation in _ONE_SIDED or isinstance(activation, (keras.layers.ReLU, keras.layers.Softmax)):
+        return True
+    if isinstance(activation, keras.layers.Activation):
+        return activation.activation in _ONE_SIDED
+    shifts = bool(layer.weights) or isinstance(layer, keras.layers.Rescaling) or len(inputs) > 1
+    return not shifts and inputs[0]
+
+
+_PREDICTION = ("predict", "predict_step", "make_predict_function", "predict_on_batch", "stateless_call")
+
+
+def _check_model(model) -> None:
+    if not isinstance(model, keras.Model):
+        raise ValueError(f"Expected a Keras model. Received: model={model!r}")
+    changed = [
+        name
+        for name in _PREDICTION
+        if name in vars(model) or getattr(type(model), name, None) is not getattr(keras.Model, name, None)
+    ]
+    if changed:
+        raise ValueError(
+            "Expected a model that predicts with its layers alone. "
+            f"Received: {type(model).__name__} '{model.name}', which overrides {', '.join(changed)}"
+        )
     for layer in model._flatten_layers():
         dtypes = {str(layer.compute_dtype), str(layer.variable_dtype)}
         if not dtypes <= {"float32", "float64"}:

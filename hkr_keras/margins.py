@@ -126,7 +126,8 @@ def class_indices(y_true, classes: int) -> np.ndarray:
     """
     labels = np.asarray(ops.convert_to_numpy(y_true))
     if labels.ndim == 2 and labels.shape[1] == classes > 1:
-        labels = labels.argmax(axis=1)
+        is_one_hot = set(np.unique(labels).tolist()) <= {-1, 0, 1} and ((labels > 0).sum(axis=1) == 1).all()
+        labels = labels.argmax(axis=1) if is_one_hot else np.full(len(labels), -1)
     elif labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
     allowed = {-1, 0, 1} if classes == 1 else set(range(classes))
@@ -166,7 +167,8 @@ def class_balance(member: Tensor, weights: Tensor) -> Tensor:
 def multiclass_margin(y_true_one_hot: Tensor, logits: Tensor) -> Tensor:
     """The logit of the true class minus the largest other one, `(n,)`: positive where the class is right."""
     true = ops.sum(y_true_one_hot * logits, axis=1)
-    return true - ops.max(ops.where(y_true_one_hot > 0, -math.inf, logits), axis=1)
+    margin = true - ops.max(ops.where(y_true_one_hot > 0, -math.inf, logits), axis=1)
+    return ops.where(ops.any(y_true_one_hot > 0, axis=1), margin, -math.inf)  # a label out of range is never right
 
 
 #: What the difference of two logits changes by, over what the input moved, when the layers before are 1-Lipschitz.

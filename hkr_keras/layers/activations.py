@@ -103,6 +103,8 @@ class _ChannelActivation(keras.layers.Layer):
 
     def build(self, input_shape):
         channels = input_shape[self.axis]
+        if self.axis % len(input_shape) == 0:
+            raise ValueError(f"Expected a channel axis, not the batch. Received: axis={self.axis}")
         if channels is None or channels % self.group:
             raise ValueError(
                 f"Expected {type(self).__name__} '{self.name}' to receive a number of channels that is known and "

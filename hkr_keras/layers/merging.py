@@ -79,7 +79,7 @@ class Scale(keras.layers.Layer):
         self.supports_masking = True
 
     def call(self, inputs):
-        return inputs * ops.cast(self.k, inputs.dtype)
+        return ops.cast(inputs, self.compute_dtype) * ops.cast(self.k, self.compute_dtype)
 
     def compute_output_shape(self, input_shape):
         return input_shape

@@ -34,11 +34,13 @@ class LayerCentering(keras.layers.Layer):
 
     def build(self, input_shape):
         axes = {axis % len(input_shape) for axis in ((self.axis,) if isinstance(self.axis, int) else self.axis)}
+        if 0 in axes:
+            raise ValueError(f"Expected axes within one input, not the batch. Received: axis={self.axis}")
         if self.center:
-            if 0 in axes or any(input_shape[axis] is None for axis in axes):
+            if any(input_shape[axis] is None for axis in axes):
                 raise ValueError(
-                    f"Expected the axes of LayerCentering '{self.name}' to be of known size and not the batch, "
-                    f"or center=False. Received: axis={self.axis}, input_shape={tuple(input_shape)}"
+                    f"Expected the axes of LayerCentering '{self.name}' to be of known size, or center=False. "
+                    f"Received: axis={self.axis}, input_shape={tuple(input_shape)}"
                 )
             shape = tuple(size if i in axes else 1 for i, size in enumerate(input_shape))[1:]
             self.bias = self.add_weight(name="bias", shape=shape, initializer="zeros")

@@ -62,7 +62,7 @@ class _GlobalPooling:
     def _sum(self, inputs, mask=None):
         if mask is not None:
             channel_axis = 2 if self.data_format == "channels_last" else 1
-            inputs = inputs * ops.cast(ops.expand_dims(mask, channel_axis), inputs.dtype)
+            inputs = inputs * ops.cast(ops.expand_dims(ops.cast(mask, "bool"), channel_axis), inputs.dtype)
         return ops.sum(inputs, axis=self._spatial_axes(inputs), keepdims=self.keepdims)
 
 

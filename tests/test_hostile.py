@@ -1,0 +1,200 @@
+"""Legal but odd models: each is refused, or its bound is above what can be measured."""
+
+import keras
+import numpy as np
+import pytest
+from helpers import to_numpy
+
+import hkr_keras as hkr
+from hkr_keras import bounds
+
+K = keras.layers
+X = np.array([[1.0, 0.0]], "float32")
+
+
+class Ten(K.Dense):
+    """Computes ten times what its kernel says."""
+
+    def call(self, inputs, training=None):
+        return 10 * super().call(inputs)
+
+
+class TenTimes(K.Identity):
+    def call(self, inputs):
+        return 10 * inputs
+
+
+class TenfoldCall(K.Layer):
+    def __call__(self, *args, **kwargs):
+        return 10 * super().__call__(*args, **kwargs)
+
+
+class MixedIn(K.Dense, TenfoldCall):
+    """The override stands behind Dense in the order of resolution."""
+
+
+class TenfoldModel(keras.Sequential):
+    def __call__(self, *args, **kwargs):
+        return 10 * super().__call__(*args, **kwargs)
+
+
+class TenfoldPrediction(keras.Sequential):
+    def predict_step(self, data):
+        return 10 * super().predict_step(data)
+
+
+@pytest.fixture
+def registered():
+    """Bounds of users for the two layers, taken back afterwards."""
+    bounds.layer_bound.register(Ten, lambda layer: 10 * bounds.kernel_spectrum(layer, "kernel").bound)
+    bounds.layer_bound.register(TenTimes, lambda layer: 10.0)
+
+
+def identity(units=2, **kwargs):
+    return K.Dense(units, kernel_initializer="identity", use_bias=False, **kwargs)
+
+
+def test_a_registered_subclass_is_no_head(registered):
+    for layers in ([Ten(2, kernel_initializer="identity")], [identity(), TenTimes()]):
+        certificate = hkr.certify(keras.Sequential([keras.Input((2,)), *layers]), X, verbose=0)
+        assert certificate.radius[0] == pytest.approx(0.5**0.5)  # the class flips half way to (0, 1)
+
+
+def test_a_stale_predict_function_is_not_used():
+    model = keras.Sequential([keras.Input((2,)), identity(), hkr.layers.Scale(10.0)])
+    model.compile()
+    assert hkr.certify(model, X, verbose=0).radius[0] == pytest.approx(0.5**0.5)
+    model.layers[-1].k = 1.0
+    assert hkr.certify(model, X, verbose=0).radius[0] == pytest.approx(0.5**0.5)
+    model.pop()
+    assert hkr.certify(model, X, verbose=0).radius[0] == pytest.approx(0.5**0.5)
+
+
+def nested_by_name():
+    a, b = keras.Input((1,), name="a"), keras.Input((1,), name="b")
+    inner = keras.Model([b, a], K.Add()([hkr.layers.Scale(100.0)(b), a]))
+    x = keras.Input((1,))
+    return keras.Model(x, inner({"a": hkr.layers.Scale(0.01)(x), "b": x}))
+
+
+def broadcast_of_unknown_sizes():
+    a, b = keras.Input((None,)), keras.Input((None,))
+    inner = keras.Model([a, b], K.Add()([a, b]))
+    x = keras.Input((16,))
+    return keras.Model(x, inner([hkr.layers.LipschitzDense(1)(x), x]))
+
+
+def merge_with_a_constant():
+    x = keras.Input((1,))
+    return keras.Model(x, K.Add()([x, x, np.ones((1, 4), "float32")]))
+
+
+def shared_rescaling():
+    layer = K.Rescaling([1.0, 1.0, 1.0, 1.0])
+    layer(keras.Input((4,)))
+    x = keras.Input((1,))
+    return keras.Model(x, layer(x))
+
+
+def training_mode():
+    x = keras.Input((2,))
+    return keras.Model(x, K.Dropout(0.5)(x, training=1))
+
+
+def mask_of_fives():
+    x = keras.Input((4, 1))
+    return keras.Model(x, hkr.layers.ScaledGlobalAveragePooling1D()(x, mask=np.full((1, 4), 5.0)))
+
+
+def negative_variance():
+    model = keras.Sequential([keras.Input((2,)), K.BatchNormalization()])
+    model.layers[0].moving_variance.assign([-1.0, 1.0])
+    return model
+
+
+REFUSED = {
+    "nested by name": (nested_by_name, "dictionary of inputs"),
+    "broadcast": (broadcast_of_unknown_sizes, "equal and known shapes"),
+    "constant": (merge_with_a_constant, "tensors of the model alone"),
+    "shared rescaling": (shared_rescaling, "broadcasting enlarges norms"),
+    "training": (training_mode, "inference mode"),
+    "mask": (mask_of_fives, "tensors of the model alone"),
+    "variance": (negative_variance, "finite Lipschitz bound"),
+    "mixed in": (lambda: keras.Sequential([keras.Input((2,)), MixedIn(2)]), "overrides __call__"),
+    "model": (lambda: TenfoldModel([keras.Input((2,)), identity()]), "a forward pass of its own"),
+    "integers": (lambda: keras.Sequential([keras.Input((1,), dtype="int32"), K.Dense(1)]), "floating point type"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.filterwarnings("ignore:invalid value encountered in sqrt")
+def test_is_refused(name):
+    build, message = REFUSED[name]
+    with pytest.raises(ValueError, match=message):
+        hkr.lipschitz_bound(build())
+
+
+@pytest.mark.parametrize("layer", [hkr.layers.FullSort(axis=0), hkr.layers.LayerCentering(axis=0, center=False)])
+def test_the_batch_is_no_axis(layer):
+    with pytest.raises(ValueError, match="not the batch"):
+        layer(np.ones((2, 2), "float32"))
+
+
+def test_predictions_of_ones_own_are_refused():
+    with pytest.raises(ValueError, match="overrides predict_step"):
+        hkr.certify(TenfoldPrediction([keras.Input((2,)), identity()]), X, verbose=0)
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        [K.Dense(1, activation=K.Activation("sigmoid"))],
+        [K.Dense(1, activation="sigmoid"), K.ActivityRegularization()],
+        [K.Dense(1, activation="sigmoid"), hkr.layers.Scale(-2.0), K.Reshape((1,))],
+        [K.Dense(1), K.ReLU()],
+    ],
+)
+def test_a_score_of_one_sign_is_refused(layers):
+    with pytest.raises(ValueError, match="cannot change its sign"):
+        hkr.certify(keras.Sequential([keras.Input((2,)), *layers]), X, verbose=0)
+
+
+def test_a_shifted_sigmoid_has_both_signs():
+    model = keras.Sequential([keras.Input((2,)), K.Dense(1, activation="sigmoid"), K.Rescaling(1.0, offset=-0.5)])
+    assert np.isfinite(hkr.certify(model, X, verbose=0).radius).all()
+
+
+@pytest.mark.parametrize(("model", "x"), [(lambda x: x, X), (None, X)])
+def test_what_is_no_model_is_refused(model, x):
+    with pytest.raises(ValueError, match="Expected a Keras model"):
+        hkr.certify(model, x)
+
+
+def test_text_is_no_input():
+    with pytest.raises(ValueError, match="numeric inputs"):
+        hkr.certify(keras.Sequential([keras.Input((2,)), identity()]), np.array([["a", "b"]]), verbose=0)
+
+
+def test_an_infinite_radius_survives_json():
+    model = keras.Sequential([keras.Input((2,)), K.Dense(2, kernel_initializer="ones")])
+    model.layers[0].bias.assign([1.0, 0.0])
+    certificate = hkr.certify(model, X, verbose=0)
+    assert np.isinf(certificate.radius[0])  # both logits move together
+    assert "Infinity" not in certificate.to_json()
+    assert np.isinf(hkr.Certificate.from_json(certificate.to_json()).radius[0])
+
+
+@pytest.mark.parametrize("y", [[[0.2, 0.3]], [[0, 0]], [[1, 1]]])
+def test_labels_that_are_not_one_hot_are_refused(y):
+    certificate = hkr.Certificate(np.array([1.0]), np.array([1]), 1.0, 2, "pairwise")
+    with pytest.raises(ValueError, match="Expected labels"):
+        certificate.accuracy(y)
+
+
+def test_scale_of_integers_is_not_rounded():
+    assert to_numpy(hkr.layers.Scale(2.5)(np.array([[2]], "int32"))).tolist() == [[5.0]]
+
+
+def test_a_mask_counts_as_boolean():
+    layer, x = hkr.layers.ScaledGlobalAveragePooling1D(), np.ones((1, 4, 1), "float32")
+    assert float(layer(x, mask=np.full((1, 4), 5.0))[0, 0]) == pytest.approx(2.0)
