@@ -14,7 +14,7 @@ import hkr_keras as hkr
 from hkr_keras import datasets, models
 
 _MULTICLASS_LOSSES = {
-    "hkr": lambda: hkr.losses.MulticlassHKR(alpha=50, margin=0.5),
+    "hkr": lambda: hkr.losses.MulticlassHKR(alpha=100, margin=0.45),
     "soft_hkr": lambda: hkr.losses.SoftHKR(alpha=50, margin=0.5),
     "log_sum_exp_hkr": lambda: hkr.losses.LogSumExpHKR(alpha=50, margin=0.5),
     "crossentropy": lambda: hkr.losses.MarginCrossentropy(temperature=10, margin=0.5),

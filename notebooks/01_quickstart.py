@@ -69,7 +69,7 @@ epochs = 2 if FAST else 30
 schedule = keras.optimizers.schedules.CosineDecay(1e-2, decay_steps=epochs * 43)
 model.compile(
     keras.optimizers.Adam(schedule),
-    loss=hkr.losses.MulticlassHKR(alpha=50, margin=0.5),
+    loss=hkr.losses.MulticlassHKR(alpha=100, margin=0.45),
     metrics=["accuracy", hkr.metrics.CertifiedAccuracy(epsilon=0.25)],
 )
 history = model.fit(data.x_train, data.y_train, epochs=epochs, verbose=0, callbacks=[hkr.callbacks.Orthonormalize()])

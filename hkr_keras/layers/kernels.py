@@ -12,7 +12,8 @@ class LipschitzDense(LipschitzLayer, keras.layers.Dense):
 
     All arguments are those of `keras.layers.Dense`. `kernel_constraint` takes `Orthonormal()` (the default),
     `SpectralBall()` or `UnitNorm()` of `hkr_keras.constraints`; another one, LoRA and `quantize` raise a
-    `ValueError`. A custom `kernel_initializer` is followed by a projection onto the constraint set.
+    `ValueError`. With `UnitNorm()` each output is 1-Lipschitz, and the whole kernel may have a norm up to the
+    root of the number of outputs. A custom `kernel_initializer` is followed by a projection onto the constraint set.
 
     Input shape: `(batch, ..., features)`. Output shape: `(batch, ..., units)`.
 
