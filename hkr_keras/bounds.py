@@ -487,7 +487,7 @@ class Flow:
 #: What a subclass may override: construction and configuration. Bounds are read from the stored weights.
 _HARMLESS = {
     *("build", "add_weight", "get_config", "from_config", "compute_output_shape", "compute_output_spec"),
-    *("enable_lora", "quantize"),
+    *("enable_lora", "quantize", "loss"),
 }
 _ACCESS = {"__call__", "__getattribute__", "__getattr__"}
 
@@ -501,7 +501,8 @@ def _overridden(layer, known: type) -> set[str]:
         if name in _ACCESS or (not name.startswith("__") and hasattr(known, name))
         if inspect.getattr_static(type(layer), name) is not inspect.getattr_static(known, name, None)
     }
-    return changed | {name for name in set(vars(layer)) - _HARMLESS if inspect.isfunction(getattr(known, name, None))}
+    replaced = {name for name, value in vars(layer).items() if callable(value) and hasattr(known, name)}
+    return changed | (replaced - _HARMLESS)
 
 
 def _check_not_overridden(layer, registry) -> None:
