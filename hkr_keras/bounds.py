@@ -654,6 +654,11 @@ def model_flows(model, visit: Visit | None = None) -> list[Flow]:
     return flow_through(model, [Flow(row) for row in np.eye(len(inputs))], visit=visit)
 
 
+def _joint_constant(outputs: list[Flow]) -> float:
+    """The constant of all outputs of a model, seen as one vector."""
+    return outputs[0].constant if len(outputs) == 1 else _length([output.constant for output in outputs])
+
+
 def lipschitz_bound(model) -> float:
     """A proven upper bound on the Lipschitz constant of a model or layer, from L2 norm to L2 norm.
 
@@ -681,8 +686,7 @@ def lipschitz_bound(model) -> float:
         Gouk et al., Machine Learning 110 (2021), for the composition of bounds.
     """
     if isinstance(model, keras.Model) and type(model) not in layer_bound.registry:
-        outputs = model_flows(model)
-        return outputs[0].constant if len(outputs) == 1 else _length([output.constant for output in outputs])
+        return _joint_constant(model_flows(model))
     _check_not_overridden(model, layer_bound.registry)
     if kernel_geometries(model):
         _check_built(model)
@@ -788,8 +792,8 @@ def lipschitz_summary(model, print_fn: Callable[[str], Any] | None = print) -> L
             )
         )
 
-    model_flows(model, visit)
-    summary = LipschitzSummary(model.name, lipschitz_bound(model), tuple(rows))
+    bound = _joint_constant(model_flows(model, visit))
+    summary = LipschitzSummary(model.name, bound, tuple(rows))
     if print_fn is not None:
         print_fn(str(summary))
     return summary

@@ -73,10 +73,6 @@ def multiclass_hinge(y_true: Tensor, y_pred: Tensor, margin: float = 1.0) -> Ten
     return ops.sum(hinges * (1.0 + (y_pred.shape[1] - 2.0) * member), axis=1)
 
 
-def _others(member: Tensor, logits: Tensor) -> Tensor:
-    return ops.where(member > 0, ops.cast(-math.inf, logits.dtype), logits)
-
-
 def soft_hkr(y_true: Tensor, y_pred: Tensor, alpha=50.0, margin=0.5, temperature=10.0) -> Tensor:
     """HKR of the true class against a softmax-weighted mean of the others.
 
@@ -89,8 +85,8 @@ def soft_hkr(y_true: Tensor, y_pred: Tensor, alpha=50.0, margin=0.5, temperature
     -2.0
     """
     member = margins.one_hot(y_true, y_pred)
-    rivals = ops.softmax(ops.stop_gradient(temperature * _others(member, y_pred)), axis=1)
-    sides = member - rivals  # +1 at the true class, -p_j at the others
+    shares = ops.softmax(ops.stop_gradient(temperature * margins.rivals(member, y_pred)), axis=1)
+    sides = member - shares  # +1 at the true class, -p_j at the others
     hinges = ops.abs(sides) * ops.relu(margin - (2.0 * member - 1.0) * y_pred)
     return _combine(alpha, ops.sum(hinges, axis=1), -ops.sum(sides * y_pred, axis=1))
 
@@ -107,7 +103,7 @@ def log_sum_exp_hkr(y_true: Tensor, y_pred: Tensor, alpha=50.0, margin=0.5, temp
     -1.0
     """
     member = margins.one_hot(y_true, y_pred)
-    rival = ops.logsumexp(temperature * _others(member, y_pred), axis=1) / temperature
+    rival = ops.logsumexp(temperature * margins.rivals(member, y_pred), axis=1) / temperature
     half_margin = 0.5 * (ops.sum(member * y_pred, axis=1) - rival)
     return _combine(alpha, ops.relu(margin - half_margin), -half_margin)
 

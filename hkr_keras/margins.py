@@ -164,10 +164,15 @@ def class_balance(member: Tensor, weights: Tensor) -> Tensor:
     return ops.where(share > 0, member * total / ops.where(share > 0, share, ops.ones_like(share)), 0.0)
 
 
+def rivals(y_true_one_hot: Tensor, logits: Tensor) -> Tensor:
+    """The logits with minus infinity at the true class, `(n, classes)`."""
+    return ops.where(y_true_one_hot > 0, ops.cast(-math.inf, logits.dtype), logits)
+
+
 def multiclass_margin(y_true_one_hot: Tensor, logits: Tensor) -> Tensor:
     """The logit of the true class minus the largest other one, `(n,)`: positive where the class is right."""
     true = ops.sum(y_true_one_hot * logits, axis=1)
-    margin = true - ops.max(ops.where(y_true_one_hot > 0, -math.inf, logits), axis=1)
+    margin = true - ops.max(rivals(y_true_one_hot, logits), axis=1)
     return ops.where(ops.any(y_true_one_hot > 0, axis=1), margin, -math.inf)  # a label out of range is never right
 
 

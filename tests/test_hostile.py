@@ -45,7 +45,7 @@ class TenfoldPrediction(keras.Sequential):
 
 @pytest.fixture
 def registered():
-    """Bounds of users for the two layers, taken back afterwards."""
+    """The (right) bounds that a user would register for the two layers."""
     bounds.layer_bound.register(Ten, lambda layer: 10 * bounds.kernel_spectrum(layer, "kernel").bound)
     bounds.layer_bound.register(TenTimes, lambda layer: 10.0)
 
