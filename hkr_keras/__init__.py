@@ -3,8 +3,10 @@
 from hkr_keras import (
     bounds,
     callbacks,
+    certificates,
     constraints,
     datasets,
+    evaluation,
     geometry,
     layers,
     linalg,
@@ -13,19 +15,26 @@ from hkr_keras import (
     metrics,
     models,
     plotting,
+    rounding,
+    spectra,
 )
 from hkr_keras._version import __version__
-from hkr_keras.bounds import lipschitz_bound, lipschitz_summary
-from hkr_keras.certificates import Certificate, certify
+from hkr_keras.bounds import lipschitz_bound
+from hkr_keras.certificates import Certificate, certify, certify_outputs, certify_top_k
+from hkr_keras.summary import lipschitz_summary
 
 __all__ = [
     "Certificate",
     "__version__",
     "bounds",
     "callbacks",
+    "certificates",
     "certify",
+    "certify_outputs",
+    "certify_top_k",
     "constraints",
     "datasets",
+    "evaluation",
     "geometry",
     "layers",
     "linalg",
@@ -36,4 +45,6 @@ __all__ = [
     "metrics",
     "models",
     "plotting",
+    "rounding",
+    "spectra",
 ]

@@ -34,6 +34,7 @@ _DEFAULTS = {  # epochs, batch size
     "cifar10": (10, 128),
 }
 _EPSILONS = (0.1, 0.25, 0.5, 1.0)
+_NORMS = {1: "L1", 2: "L2", math.inf: "L-infinity"}
 
 
 def _positive(text: str) -> int:
@@ -153,18 +154,27 @@ def _load_arrays(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray | None]:
         ) from error
 
 
+def _summary(options) -> None:
+    model = _load_model(options.model)
+    summary = hkr.lipschitz_summary(model, x=_load_arrays(options.data)[0] if options.data else None)
+    if options.json:
+        options.json.write_text(summary.to_json())
+
+
 def _certify(options) -> None:
     model = _load_model(options.model)
     x, y = _load_arrays(options.data)
-    certificate = hkr.certify(model, x)
-    table = Table(title=f"{options.model.name}: {len(certificate.radius)} inputs, constant {certificate.bound:.6g}")
-    table.add_column("epsilon (L2)", justify="right")
-    table.add_column("certified accuracy" if y is not None else "certified share", justify="right")
+    certificate = hkr.certify(model, x, rigorous=options.rigorous)
     labels = certificate.prediction if y is None else y  # without labels: predictions that cannot change
+    kind = "the float32 network" if certificate.rigorous else "exact arithmetic"
+    print(f"{options.model}: {len(certificate.radius)} inputs, constant {certificate.bound:.6g}, radii hold in {kind}")
+    table = Table()
+    table.add_column(f"epsilon ({_NORMS[options.norm]})", justify="right")
+    table.add_column("certified accuracy" if y is not None else "certified share", justify="right")
     if y is not None:
         table.add_row("clean", f"{certificate.accuracy(y):.1%}")
     for epsilon in options.epsilon:
-        table.add_row(f"{epsilon:g}", f"{certificate.accuracy(labels, epsilon):.1%}")
+        table.add_row(f"{epsilon:g}", f"{certificate.accuracy(labels, epsilon, options.norm):.1%}")
     Console().print(table)
     if options.json:
         options.json.write_text(certificate.to_json())
@@ -194,12 +204,16 @@ def main(arguments: list[str] | None = None) -> int:
 
     command = commands.add_parser("summary", help="print the proven bound of every layer of a stored model")
     command.add_argument("model", type=pathlib.Path, help=".keras file")
-    command.set_defaults(run=lambda o: hkr.lipschitz_summary(_load_model(o.model)))
+    command.add_argument("--data", type=pathlib.Path, help=".npz file with an array x: where to look for steep places")
+    command.add_argument("--json", type=pathlib.Path, help="write the summary to this file")
+    command.set_defaults(run=_summary)
 
     command = commands.add_parser("certify", help="certify the inputs of an .npz file")
     command.add_argument("model", type=pathlib.Path, help=".keras file")
     command.add_argument("data", type=pathlib.Path, help=".npz file with an array x, and labels y when known")
-    command.add_argument("--epsilon", type=float, nargs="+", default=list(_EPSILONS), help="L2 radii, in input units")
+    command.add_argument("--epsilon", type=float, nargs="+", default=list(_EPSILONS), help="radii, in input units")
+    command.add_argument("--norm", type=float, choices=tuple(_NORMS), default=2, help="of the radii: 1, 2 or inf")
+    command.add_argument("--rigorous", action="store_true", help="cover the rounding of the float32 network")
     command.add_argument("--json", type=pathlib.Path, help="write the certificate to this file")
     command.add_argument("--plot", type=pathlib.Path, help="write the curve to this picture")
     command.set_defaults(run=_certify)

@@ -8,177 +8,27 @@ with `@hkr_keras.bounds.layer_bound.register(MyLayer)`, exactly as this module d
 import dataclasses
 import functools
 import inspect
-import io
-import json
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import keras
 import numpy as np
-import rich.box
-import rich.console
-import rich.table
-from keras import ops
 
 from hkr_keras import layers as hkr_layers
-from hkr_keras.geometry import Geometry, kernel_geometries, overlap
+from hkr_keras.geometry import kernel_geometries, overlap
+from hkr_keras.spectra import (
+    EPSILON,
+    convolution_bound,
+    convolution_spectrum,
+    host,
+    kernel_bound,
+    kernel_spectrum,
+    matrix_spectrum,
+    separable_bound,
+)
 
-_EPSILON = float(np.finfo(np.float64).eps)
-
-# ---- kernels --------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Spectrum:
-    """Singular values of a linear operator: the smallest and largest found, and a proven upper bound."""
-
-    smallest: float
-    largest: float
-    bound: float
-
-
-def host(variable) -> np.ndarray:
-    """Weights as float64 on the host.
-
-    Raises:
-        ValueError: for NaN or infinite weights.
-    """
-    tensor = ops.convert_to_tensor(variable)
-    if keras.backend.standardize_dtype(tensor.dtype) not in ("float32", "float64"):
-        tensor = ops.cast(tensor, "float32")
-    array = np.asarray(ops.convert_to_numpy(tensor), dtype=np.float64)
-    if not np.isfinite(array).all():
-        raise ValueError(
-            "Expected finite weights. "
-            f"Received: {getattr(variable, 'path', 'weights')} with "
-            f"{np.sum(~np.isfinite(array))} NaN or infinite entries"
-        )
-    return array
-
-
-def matrix_spectrum(matrices: np.ndarray) -> Spectrum:
-    """Spectrum of a stack of real or complex matrices `(..., rows, columns)`, seen as one block diagonal.
-
-    Singular values are roots of the eigenvalues of the Gram matrices on the smaller side. Forming and
-    decomposing those in float64 is off by at most a small multiple of `rows * columns * eps * norm^2`, and the
-    bound is inflated by 16 times that.
-
-    Args:
-        matrices: float64 or complex128 array.
-
-    Raises:
-        ValueError: for an empty array.
-
-    Example:
-
-    >>> matrix_spectrum(np.diag([2.0, 0.5])).largest
-    2.0
-    """
-    if matrices.size == 0:
-        raise ValueError(f"Expected a kernel that is not empty. Received: shape={matrices.shape}")
-    scale = float(np.abs(matrices).max())
-    if scale == 0.0:
-        return Spectrum(0.0, 0.0, 0.0)
-    a = matrices / scale
-    adjoint = np.conj(np.swapaxes(a, -1, -2))
-    gram = a @ adjoint if a.shape[-2] < a.shape[-1] else adjoint @ a
-    eigenvalues = np.linalg.eigvalsh(gram)
-    smallest, largest = (scale * math.sqrt(max(0.0, float(value))) for value in (eigenvalues.min(), eigenvalues.max()))
-    return Spectrum(smallest, largest, largest * (1.0 + 16 * a.shape[-2] * a.shape[-1] * _EPSILON))
-
-
-def convolution_spectrum(blocks: np.ndarray, strides: Sequence[int]) -> Spectrum:
-    """Spectrum of a convolution with zero, causal, valid or circular padding, for every image size.
-
-    The stride is removed by the polyphase identity: a convolution with stride s is one with stride 1 from s
-    times as many channels. What is left is `sup |K^(w)|` over all frequencies w. On a grid of N frequencies
-    per dimension, `sup <= max over the grid / prod cos(pi (k - 1) / (2 N))`, since every `u* K^ v` is a
-    trigonometric polynomial of degree (k - 1) / 2 after centring.
-
-    Args:
-        blocks: float64 kernel `(*window, blocks, inputs, outputs)` of a block-diagonal convolution.
-        strides: one per dimension of the window.
-
-    Example:
-
-    >>> spectrum = convolution_spectrum(np.ones((3, 1, 1, 1)), (1,))
-    >>> 3.0 <= spectrum.bound < 3.01
-    True
-
-    Reference:
-        Sedghi, Gupta and Long, ICLR 2019 (arXiv 1805.10408), for the circular case; Ehlich and Zeller, Math.
-        Z. 86 (1964), for what happens between the points of the grid.
-    """
-    taps = _polyphase(blocks, strides)
-    window = taps.shape[: len(strides)]
-    if all(k == 1 for k in window):
-        return matrix_spectrum(taps)
-    sizes = _grid(window, taps.shape[-2:])
-    correction = math.prod(math.cos(math.pi * (k - 1) / (2 * n)) for k, n in zip(window, sizes, strict=True))
-    # The kernel is real: the half of the last axis that rfftn keeps holds every singular value.
-    found = matrix_spectrum(np.fft.rfftn(taps, sizes, axes=tuple(range(len(strides)))))
-    rounding = 1.0 + 64 * math.sqrt(taps.size) * math.log2(2 * math.prod(sizes)) * _EPSILON
-    return Spectrum(found.smallest, found.largest, found.bound * rounding / correction)
-
-
-def _grid(window, matrix_shape) -> list[int]:
-    """Frequencies per dimension: enough for a slack of 0.1 %, fewer where that would take long."""
-    small, large = sorted(matrix_shape)
-    active = sum(k > 1 for k in window)
-    affordable = 4e10 / (4 * small**2 * (large + 4 * small))  # floating-point operations, a few seconds
-    finest = max(2.0, affordable ** (1 / active))
-    wanted = math.pi / 2 * math.sqrt(active / 0.002)
-    return [1 if k == 1 else max(4 * (k - 1), math.ceil(min(wanted * (k - 1), finest))) for k in window]
-
-
-def _polyphase(blocks: np.ndarray, strides: Sequence[int]) -> np.ndarray:
-    """Kernel of the equivalent convolution with stride 1: `(*window, blocks, inputs * prod(strides), outputs)`."""
-    rank = len(strides)
-    padding = [(0, -k % s) for k, s in zip(blocks.shape, strides, strict=False)] + [(0, 0)] * 3
-    padded = np.pad(blocks, padding)
-    split = [size for k, s in zip(padded.shape, strides, strict=False) for size in (k // s, s)]
-    taps = padded.reshape(*split, *blocks.shape[rank:])  # tap o = s q + r goes to phase r, tap q
-    quotients, phases = range(0, 2 * rank, 2), range(1, 2 * rank, 2)
-    taps = taps.transpose(*quotients, 2 * rank, *phases, 2 * rank + 1, 2 * rank + 2)
-    return taps.reshape(*taps.shape[: rank + 1], -1, taps.shape[-1])
-
-
-def _blocks(kernel: np.ndarray, geometry: Geometry) -> np.ndarray:
-    """Kernel as `(*window, blocks, inputs, outputs)`; a transposed one as that of its adjoint."""
-    if geometry.depthwise:
-        return kernel[..., :, None, :]
-    split = kernel.reshape(*kernel.shape[:-1], geometry.groups, -1)
-    return np.moveaxis(split, -2, -3)
-
-
-def kernel_spectrum(layer: keras.layers.Layer, name: str) -> Spectrum:
-    """Spectrum of the operator of one kernel of a layer.
-
-    Args:
-        layer: a built Dense or convolution layer.
-        name: of the weight, a key of `kernel_geometries(layer)`.
-
-    Example:
-
-    >>> layer = keras.layers.Dense(2, kernel_initializer="ones")
-    >>> layer.build((None, 2))
-    >>> round(kernel_spectrum(layer, "kernel").bound, 6)
-    2.0
-    """
-    geometry = kernel_geometries(layer)[name]
-    blocks = _blocks(host(getattr(layer, name)), geometry)
-    window = blocks.shape[:-3]
-    if math.prod(window) == 1:
-        return matrix_spectrum(blocks)
-    patches = np.moveaxis(blocks, -3, 0).reshape(blocks.shape[-3], -1, blocks.shape[-1])
-    gain = math.sqrt(overlap(window, layer.strides, layer.dilation_rate))
-    by_patches = gain * matrix_spectrum(patches).bound
-    if max(layer.strides) > 1 and max(layer.dilation_rate) > 1:  # such a convolution has no polyphase form
-        return Spectrum(0.0, 0.0, by_patches)
-    spectrum = convolution_spectrum(blocks, layer.strides)
-    return dataclasses.replace(spectrum, bound=min(spectrum.bound, by_patches))
-
+__all__ = ["convolution_spectrum", "host", "kernel_spectrum", "matrix_spectrum"]  # and what is defined here
 
 # ---- activations ----------------------------------------------------------------------------------------
 
@@ -256,6 +106,12 @@ def layer_bound(layer) -> float:
     >>> lipschitz_bound(Half())
     0.5
     """
+    reason = next((text for cls, text in _WITHOUT_BOUND.items() if isinstance(layer, cls)), None)
+    if reason:
+        raise ValueError(
+            f"Expected a layer with a finite Lipschitz constant: {reason}. "
+            f"Received: layer={type(layer).__name__} '{layer.name}'"
+        )
     raise ValueError(
         "Expected a layer with a known Lipschitz bound. Tell us one with\n"
         f"    @hkr_keras.bounds.layer_bound.register({type(layer).__name__})\n"
@@ -264,7 +120,22 @@ def layer_bound(layer) -> float:
     )
 
 
-def _register(bound: Callable[[Any], float], *classes: type) -> None:
+_RECURRENT = "the constant of a recurrent or attention layer depends on its input"
+#: Layers that have no finite constant, and why or what to use.
+_WITHOUT_BOUND: dict[type, str] = {
+    keras.layers.LayerNormalization: "it divides by a deviation that may be 0; use LayerCentering",
+    keras.layers.GroupNormalization: "it divides by a deviation that may be 0; use LayerCentering",
+    keras.layers.UnitNormalization: "it divides by a norm that may be 0",
+    keras.layers.Embedding: "its input is a table index, not a vector; certify the layers behind it",
+    keras.layers.Discretization: "it jumps",
+    keras.layers.RNN: _RECURRENT,
+    keras.layers.Bidirectional: _RECURRENT,
+    keras.layers.MultiHeadAttention: _RECURRENT,
+    keras.layers.Attention: _RECURRENT,
+}
+
+
+def _register(bound: Callable[..., float], *classes: type) -> None:
     for cls in classes:
         layer_bound.register(cls, bound)
 
@@ -304,9 +175,6 @@ _register(
     _k.GlobalMaxPooling1D,
     _k.GlobalMaxPooling2D,
     _k.GlobalMaxPooling3D,
-    _k.GlobalAveragePooling1D,  # 1 / sqrt(cells), for an unknown number of cells
-    _k.GlobalAveragePooling2D,
-    _k.GlobalAveragePooling3D,
     hkr_layers.GroupSort,
     hkr_layers.MaxMin,
     hkr_layers.FullSort,
@@ -333,8 +201,9 @@ def _kernel_layer(layer) -> float:
             "Expected floating point kernels, since the stored weights of a quantized layer are not the ones it "
             f"computes with. Received: {layer.name}.quantization_mode={layer.quantization_mode}"
         )
-    bounds = [kernel_spectrum(layer, name).bound for name in kernel_geometries(layer)]
-    return math.prod(bounds) * activation_bound(layer.activation)
+    names = list(kernel_geometries(layer))
+    bound = kernel_bound(layer, names[0]) if len(names) == 1 else separable_bound(layer, *names)
+    return bound * activation_bound(layer.activation)
 
 
 _register(
@@ -381,37 +250,93 @@ def _pool_overlap(layer) -> int:
 _register(lambda layer: math.sqrt(_pool_overlap(layer)), _k.MaxPooling1D, _k.MaxPooling2D, _k.MaxPooling3D)
 
 
-def _average_pooling(layer) -> float:
-    # With padding="same" Keras divides by the cells inside the image, which may be a single one.
-    cells = math.prod(layer.pool_size) if layer.padding == "valid" else 1
-    return math.sqrt(_pool_overlap(layer) / cells)
+def spatial_sizes(layer, shape) -> tuple:
+    """The sizes of an image or sequence, without batch and channels."""
+    return tuple(shape[1:-1] if layer.data_format == "channels_last" else shape[2:])
+
+
+def _average_pooling(layer, shape=None) -> float:
+    """The norm of the tensor product of one matrix per dimension; for unknown sizes, the largest there is."""
+    sizes = spatial_sizes(layer, shape) if shape else (None,) * len(layer.pool_size)
+    return math.prod(
+        _average_norm(k, s, n, layer.padding) for k, s, n in zip(layer.pool_size, layer.strides, sizes, strict=True)
+    )
+
+
+def _average_norm(k: int, stride: int, size: int | None, padding: str) -> float:
+    """The norm in one dimension: of the explicit matrix when the size is known."""
+    if size is None or size > 2048:
+        if padding == "valid":
+            return convolution_bound(np.full((k, 1, 1, 1), 1 / k), (stride,)) * (1 + k * EPSILON)
+        return math.sqrt(overlap((k,), (stride,), (1,)))  # Keras divides by the cells inside, perhaps a single one
+    count = (size - k) // stride + 1 if padding == "valid" else -(-size // stride)
+    outside = 0 if padding == "valid" else max((count - 1) * stride + k - size, 0)
+    seen = np.arange(count)[:, None] * stride - outside // 2 + np.arange(k)  # cells of every window
+    inside = (seen >= 0) & (seen < size)
+    # Outside the image there is nothing, or (PyTorch, where the two sides differ) the cell at the border once more.
+    weights = (inside / np.maximum(inside.sum(axis=1, keepdims=True), 1), np.full(seen.shape, 1 / k))
+    matrices = np.zeros((2, count, size))
+    for matrix, weight in zip(matrices, weights, strict=True):
+        np.add.at(matrix, (np.arange(count)[:, None], np.clip(seen, 0, size - 1)), weight)
+    return matrix_spectrum(matrices).bound
+
+
+def _global_average(layer, shape=None) -> float:
+    cells = spatial_sizes(layer, shape) if shape else (None,)
+    return 1.0 if None in cells else 1.0 / math.sqrt(math.prod(cells))
 
 
 _register(_average_pooling, _k.AveragePooling1D, _k.AveragePooling2D, _k.AveragePooling3D)
+_register(_global_average, _k.GlobalAveragePooling1D, _k.GlobalAveragePooling2D, _k.GlobalAveragePooling3D)
+_SIZED = {_average_pooling, _global_average}  # rules that take the shape of the input too, when it is known
 
+
+def _upsampling(layer) -> float:
+    if getattr(layer, "interpolation", "nearest") != "nearest":
+        raise ValueError(
+            f"Expected UpSampling2D to repeat pixels. Received: {layer.name}.interpolation={layer.interpolation}"
+        )
+    return math.sqrt(np.prod(layer.size))
+
+
+_register(_upsampling, _k.UpSampling1D, _k.UpSampling2D, _k.UpSampling3D)
 _register(lambda layer: math.sqrt(layer.n), _k.RepeatVector)
 _register(lambda layer: lipschitz_bound(layer.layer), _k.TimeDistributed)
 
 
-@layer_bound.register
-def _(layer: keras.layers.Rescaling) -> float:
+def _check_sizes(layer, arrays) -> None:
+    """Refuses numbers of other sizes than the input of the layer: broadcasting it would enlarge its norm."""
     input_shape = (layer.get_build_config() or {}).get("input_shape") or ()
-    for numbers in (layer.scale, layer.offset):
+    for numbers in arrays:
         sizes = np.shape(numbers)
         known = (*(None for _ in sizes), *input_shape)[-len(sizes) :] if sizes else ()
         shared = len(layer._inbound_nodes) > 1 and math.prod(sizes) > 1  # perhaps with inputs of other shapes
         if shared or any(size not in (1, n) for size, n in zip(sizes, known, strict=True)):
             raise ValueError(
-                f"Expected the scale and offset of Rescaling '{layer.name}' to have the sizes of its input, since "
-                f"broadcasting enlarges norms. Received: shape={sizes}, input_shape={input_shape or None}"
+                f"Expected the numbers of {type(layer).__name__} '{layer.name}' to have the sizes of its input, "
+                f"since broadcasting enlarges norms. Received: shape={sizes}, input_shape={input_shape or None}"
             )
+
+
+@layer_bound.register
+def _(layer: keras.layers.Rescaling) -> float:
+    _check_sizes(layer, (layer.scale, layer.offset))
     return float(np.abs(np.asarray(layer.scale, dtype=np.float64)).max())
+
+
+@layer_bound.register
+def _(layer: keras.layers.Normalization) -> float:
+    _check_built(layer)
+    mean, variance = host(layer.mean), host(layer.variance)
+    _check_sizes(layer, (mean, variance))
+    deviation = np.maximum(np.sqrt(variance), keras.config.epsilon() * (1 - 2**-23))
+    return float((deviation if layer.invert else 1 / deviation).max()) * (1 + 4 * EPSILON)
 
 
 @layer_bound.register
 def _(layer: keras.layers.BatchNormalization) -> float:
     gain = host(layer.gamma) if layer.scale else np.ones(1)
-    return float((np.abs(gain) / np.sqrt(host(layer.moving_variance) + layer.epsilon)).max()) * (1 + 8 * _EPSILON)
+    return float((np.abs(gain) / np.sqrt(host(layer.moving_variance) + layer.epsilon)).max()) * (1 + 8 * EPSILON)
 
 
 # ---- layers with several inputs -------------------------------------------------------------------------
@@ -463,7 +388,35 @@ def _(layer: hkr_layers.LipschitzResidual, constants):
 
 def _length(values) -> float:
     """An upper bound on the Euclidean norm; `hypot` neither overflows nor underflows to 0."""
-    return math.hypot(*values) * (1 + 8 * _EPSILON)
+    return math.hypot(*values) * (1 + 8 * EPSILON)
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """A tensor as `x W + b` of an earlier one: what sharpens bounds on single outputs and their differences.
+
+    Args:
+        matrix: `(features, outputs)`, W.
+        constants: `(inputs of the model,)`, those of the earlier tensor.
+        rounding: bound on the norm of what is wrong with `matrix`, when it is a product.
+    """
+
+    matrix: np.ndarray
+    constants: np.ndarray
+    rounding: float = 0.0
+
+    def differences_from(self, column: int) -> np.ndarray:
+        """Upper bounds on the distances of all columns from one, `(outputs,)`."""
+        return self._norms(self.matrix - self.matrix[:, [column]], math.sqrt(2) * self.rounding)
+
+    def lengths(self) -> np.ndarray:
+        """Upper bounds on the norms of the columns, `(outputs,)`."""
+        return self._norms(self.matrix, self.rounding)
+
+    @staticmethod
+    def _norms(columns: np.ndarray, rounding: float) -> np.ndarray:
+        scale = max(float(np.abs(columns).max()), np.finfo(np.float64).tiny)  # tiny squares would vanish
+        return (scale * np.linalg.norm(columns / scale, axis=0) + rounding) * (1 + 4 * len(columns) * EPSILON)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -472,11 +425,11 @@ class Flow:
 
     Args:
         constants: `(inputs of the model,)`, how far it moves at most per unit that each input moves.
-        head: `(W, constants before W)` when the tensor is `x W + b` of another one, else `None`.
+        head: set when the tensor is an affine function of an earlier one, through Dense layers alone.
     """
 
     constants: np.ndarray
-    head: tuple[np.ndarray, np.ndarray] | None = None
+    head: Head | None = None
 
     @property
     def constant(self) -> float:
@@ -517,38 +470,90 @@ def _check_not_overridden(layer, registry) -> None:
         )
 
 
-Visit = Callable[[Any, list[Flow], Flow], None]
+State = TypeVar("State")
+#: Takes a layer, what is known of its inputs, and their shapes (`None` when unknown); tells the same of its output.
+Apply = Callable[[Any, list[State], list], State]
 
 
-def flow_through(layer, flows: list[Flow], shapes: list | None = None, visit: Visit | None = None) -> list[Flow]:
-    """The flows of the outputs of a layer or model, from those of its inputs.
+def walk(layer, states: list[State], apply: Apply, shapes: list | None = None) -> list[State]:
+    """Carries what is known of the inputs of a layer or model along its graph to its outputs.
 
     Args:
         layer: a built layer, Sequential or functional model.
-        flows: one per input.
-        shapes: of the inputs, when known.
-        visit: called with `(layer, input flows, output flow)` after every layer.
+        states: one per input.
+        apply: called once for every layer that is not a model, in the order of computation.
+        shapes: of the inputs, with the batch; `None` when unknown.
     """
+    shapes = shapes or [None] * len(states)
     is_model = isinstance(layer, keras.Model) and type(layer) not in layer_bound.registry
     if is_model and isinstance(layer, keras.Sequential):
         _check_is_plain_model(layer, keras.Sequential)
         for inner in layer.layers:
-            flows = flow_through(inner, flows, visit=visit)
-        return flows
+            states = walk(inner, states, apply, shapes)
+            shapes = [_output_shape(inner, shape) for shape in shapes]
+        return states
     if is_model:
-        return _flow_through_graph(layer, flows, visit)
-    if len(flows) == 1:
-        output = _flow_through_layer(layer, flows[0])
-    else:
+        return _walk_graph(layer, states, apply)
+    if len(states) > 1:
         _check_not_overridden(layer, merge_bound.registry)
-        _check_no_broadcasting(layer, shapes or [])
-        output = Flow(merge_bound(layer, np.stack([flow.constants for flow in flows])) * (1 + 8 * _EPSILON))
-    if visit is not None:
-        visit(layer, flows, output)
-    return [output]
+        _check_no_broadcasting(layer, shapes)
+    return [apply(layer, states, shapes)]
+
+
+def _output_shape(layer, shape):
+    try:
+        return None if shape is None else layer.compute_output_shape(shape)
+    except NotImplementedError:  # a layer of the user's, which Keras would trace
+        return None
+
+
+def flow_through(layer, flows: list[Flow], shapes: list) -> Flow:
+    """The flow of the output of a layer, from those of its inputs."""
+    if len(flows) > 1:
+        return Flow(merge_bound(layer, np.stack([flow.constants for flow in flows])) * (1 + 8 * EPSILON))
+    flow, bound = flows[0], _bound(layer, shapes[0])
+    constants = _times(flow.constants, bound)
+    rule = layer_bound.dispatch(type(layer))  # a class with a bound of its own may compute anything
+    if rule is _kernel_layer and isinstance(layer, keras.layers.Dense) and layer.activation is keras.activations.linear:
+        head = _behind(flow.head, host(layer.kernel), flow.constants)
+        if flow.head is not None:  # nothing but Dense layers since then: one matrix, no worse than its factors
+            whole = matrix_spectrum(head.matrix).bound + head.rounding
+            constants = np.minimum(constants, _times(flow.head.constants, whole))
+        return Flow(constants, head)
+    if rule is _one and isinstance(layer, (keras.layers.Dropout, keras.layers.Identity)):
+        return Flow(constants, flow.head)
+    if rule is _factor and flow.head is not None:
+        factor = abs(layer.k) * (1 + EPSILON)
+        return Flow(constants, Head(flow.head.matrix * layer.k, flow.head.constants, flow.head.rounding * factor))
+    return Flow(constants)
+
+
+def constant_of(layer, shapes: list) -> float:
+    """The constant of one layer, all its inputs taken together as one vector."""
+    if len(shapes) == 1:
+        return _bound(layer, shapes[0])
+    return _length(merge_bound(layer, np.eye(len(shapes))))
+
+
+def _times(constants: np.ndarray, bound: float) -> np.ndarray:
+    """The product, rounded up; that of two tiny constants must not underflow to 0."""
+    product = constants * bound * (1 + 2 * EPSILON)
+    return np.where((constants > 0) & (bound > 0), np.maximum(product, np.finfo(np.float64).tiny), product)
+
+
+def _behind(head: Head | None, kernel: np.ndarray, constants: np.ndarray) -> Head:
+    """The head of a Dense layer, seen from the first of the Dense layers that end in it."""
+    if head is None:
+        return Head(kernel, constants)
+    length = float(np.linalg.norm(head.matrix) * np.linalg.norm(kernel))
+    rounding = head.rounding * float(np.linalg.norm(kernel)) + 4 * len(kernel) * EPSILON * length
+    tiny = np.finfo(np.float64).tiny * kernel.size  # what can underflow in the product
+    return Head(head.matrix @ kernel, head.constants, rounding * (1 + 8 * EPSILON) + tiny)
 
 
 def _check_no_broadcasting(layer, shapes: list) -> None:
+    if any(shape is None for shape in shapes):
+        raise ValueError(f"Expected inputs of known shapes. Received: layer={type(layer).__name__} '{layer.name}'")
     if isinstance(layer, keras.layers.Concatenate):
         if layer.axis % len(shapes[0]) == 0:
             raise ValueError(f"Expected inputs to stay apart in the batch. Received: {layer.name}.axis={layer.axis}")
@@ -559,22 +564,6 @@ def _check_no_broadcasting(layer, shapes: list) -> None:
             f"Expected the inputs of {type(layer).__name__} '{layer.name}' to have equal and known shapes, since "
             f"broadcasting enlarges norms. Received: shapes={shapes}"
         )
-
-
-def _flow_through_layer(layer, flow: Flow) -> Flow:
-    bound = lipschitz_bound(layer)
-    constants = flow.constants * bound * (1 + 2 * _EPSILON)
-    if bound > 0:  # a product of tiny constants must not underflow to 0
-        constants = np.where(flow.constants > 0, np.maximum(constants, np.finfo(np.float64).tiny), 0.0)
-    output = Flow(constants)
-    rule = layer_bound.dispatch(type(layer))  # a class with a bound of its own may compute anything
-    if rule is _kernel_layer and isinstance(layer, keras.layers.Dense) and layer.activation is keras.activations.linear:
-        return dataclasses.replace(output, head=(host(layer.kernel), flow.constants))
-    if rule is _one and isinstance(layer, (keras.layers.Dropout, keras.layers.Identity)):
-        return dataclasses.replace(output, head=flow.head)
-    if rule is _factor and flow.head is not None:
-        return dataclasses.replace(output, head=(flow.head[0] * layer.k, flow.head[1]))
-    return output
 
 
 _GRAPH = {"call", "layers", "inputs", "outputs", "operations", "_nodes_by_depth", "_run_through_graph", *_ACCESS}
@@ -607,12 +596,12 @@ def _check_arguments(node, model) -> None:
         )
 
 
-def _flow_through_graph(model, flows: list[Flow], visit: Visit | None) -> list[Flow]:
+def _walk_graph(model, states: list[State], apply: Apply) -> list[State]:
     classes = (
         cls for cls in type(model).__mro__ if cls.__name__ == "Functional" and cls.__module__.startswith("keras.")
     )
     _check_is_plain_model(model, next(classes, None))
-    known = {id(tensor): flow for tensor, flow in zip(model.inputs, flows, strict=True)}
+    known = {id(tensor): state for tensor, state in zip(model.inputs, states, strict=True)}
     for depth in sorted(model._nodes_by_depth, reverse=True):
         for node in model._nodes_by_depth[depth]:
             if node.is_input or not all(id(tensor) in known for tensor in node.input_tensors):
@@ -624,8 +613,8 @@ def _flow_through_graph(model, flows: list[Flow], visit: Visit | None) -> list[F
                     f"and keras.ops. Received: operation={type(layer).__name__} '{layer.name}'"
                 )
             _check_arguments(node, model)
-            outputs = flow_through(layer, [known[id(t)] for t in tensors], [t.shape for t in tensors], visit)
-            known.update((id(tensor), flow) for tensor, flow in zip(node.outputs, outputs, strict=True))
+            outputs = walk(layer, [known[id(t)] for t in tensors], apply, [t.shape for t in tensors])
+            known.update((id(tensor), state) for tensor, state in zip(node.outputs, outputs, strict=True))
     return [known[id(tensor)] for tensor in model.outputs]
 
 
@@ -637,24 +626,35 @@ def _check_built(model) -> None:
         )
 
 
-def model_flows(model, visit: Visit | None = None) -> list[Flow]:
-    """The flows of the outputs of a model with respect to its inputs.
+def model_inputs(model) -> list:
+    """The symbolic inputs of a model, or `[None]` for a layer.
 
     Raises:
-        ValueError: for a model that is not built, or holds a layer without a known bound.
+        ValueError: for a model that is not built, or takes integers.
     """
     _check_built(model)
-    inputs = (getattr(model, "inputs", None) or [None]) if isinstance(model, keras.Model) else [None]
+    inputs = list((getattr(model, "inputs", None) or [None]) if isinstance(model, keras.Model) else [None])
     for tensor in inputs:
         if tensor is not None and "float" not in tensor.dtype:
             raise ValueError(
                 "Expected inputs of a floating point type: rounding to integers has no Lipschitz constant. "
                 f"Received: input '{tensor.name}' of dtype {tensor.dtype}"
             )
-    return flow_through(model, [Flow(row) for row in np.eye(len(inputs))], visit=visit)
+    return inputs
 
 
-def _joint_constant(outputs: list[Flow]) -> float:
+def model_flows(model, apply: Apply = flow_through) -> list[Flow]:
+    """The flows of the outputs of a model with respect to its inputs.
+
+    Raises:
+        ValueError: for a model that is not built, or holds a layer without a known bound.
+    """
+    inputs = model_inputs(model)
+    shapes = [None if tensor is None else tensor.shape for tensor in inputs]
+    return walk(model, [Flow(row) for row in np.eye(len(inputs))], apply, shapes)
+
+
+def joint_constant(outputs: list[Flow]) -> float:
     """The constant of all outputs of a model, seen as one vector."""
     return outputs[0].constant if len(outputs) == 1 else _length([output.constant for output in outputs])
 
@@ -686,114 +686,23 @@ def lipschitz_bound(model) -> float:
         Gouk et al., Machine Learning 110 (2021), for the composition of bounds.
     """
     if isinstance(model, keras.Model) and type(model) not in layer_bound.registry:
-        return _joint_constant(model_flows(model))
-    _check_not_overridden(model, layer_bound.registry)
-    if kernel_geometries(model):
-        _check_built(model)
-    for variable in getattr(model, "weights", ()):
+        return joint_constant(model_flows(model))
+    return _bound(model)
+
+
+def _bound(layer, shape=None) -> float:
+    """The bound of a layer, for inputs of that shape when it is known."""
+    if isinstance(layer, keras.Model) and type(layer) not in layer_bound.registry:
+        return lipschitz_bound(layer)
+    _check_not_overridden(layer, layer_bound.registry)
+    if kernel_geometries(layer):
+        _check_built(layer)
+    for variable in getattr(layer, "weights", ()):
         host(variable)
-    bound = float(layer_bound(model))
+    rule = layer_bound.dispatch(type(layer))
+    bound = float(rule(layer, shape) if rule in _SIZED else rule(layer))
     if not 0 <= bound < math.inf:
         raise ValueError(
-            f"Expected a finite Lipschitz bound. Received: {bound} for {type(model).__name__} '{model.name}'"
+            f"Expected a finite Lipschitz bound. Received: {bound} for {type(layer).__name__} '{layer.name}'"
         )
     return bound
-
-
-# ---- summary --------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class SummaryRow:
-    """One layer of a summary; singular values are `None` for layers without a kernel."""
-
-    layer: str
-    kind: str
-    sigma_min: float | None
-    sigma_max: float | None
-    bound: float | None
-    product: float
-
-
-@dataclasses.dataclass(frozen=True)
-class LipschitzSummary:
-    """What `lipschitz_summary` found: `rows` in the order of computation, and the `bound` of the model."""
-
-    model: str
-    bound: float
-    rows: tuple[SummaryRow, ...]
-
-    def to_dict(self) -> dict:
-        """Plain Python values."""
-        return dataclasses.asdict(self)
-
-    def to_json(self) -> str:
-        """The same, as JSON."""
-        return json.dumps(self.to_dict(), indent=2)
-
-    def __str__(self) -> str:
-        table = rich.table.Table(title=f"Lipschitz bounds of {self.model}", box=rich.box.SIMPLE_HEAD)
-        for column in ("layer", "kind"):
-            table.add_column(column)
-        for column in ("sigma_min", "sigma_max", "bound", "product"):
-            table.add_column(column, justify="right")
-        for row in self.rows:
-            numbers = (row.sigma_min, row.sigma_max, row.bound, row.product)
-            table.add_row(row.layer, row.kind, *("" if number is None else f"{number:.6g}" for number in numbers))
-        table.add_section()
-        table.add_row("model", "", "", "", "", f"{self.bound:.6g}")
-        text = io.StringIO()
-        rich.console.Console(file=text, width=100, force_terminal=False, force_jupyter=False).print(table)
-        return text.getvalue()
-
-
-def _spectra(layer) -> Iterator[Spectrum]:
-    for name in kernel_geometries(layer):
-        yield kernel_spectrum(layer, name)
-
-
-def lipschitz_summary(model, print_fn: Callable[[str], Any] | None = print) -> LipschitzSummary:
-    """Prints a table of the bound of every layer and of the model, and returns it.
-
-    Columns: smallest and largest singular value found (of layers with a kernel), the proven upper bound of the
-    layer, and the product: the bound from the input of the model to the output of the layer. The model is not
-    changed.
-
-    Args:
-        model: a built Sequential or functional model.
-        print_fn: takes the text; `None` prints nothing.
-
-    Returns:
-        A `LipschitzSummary` with `rows`, `bound`, `to_dict()` and `to_json()`.
-
-    Raises:
-        ValueError: as `lipschitz_bound`.
-
-    Example:
-
-    >>> import keras, hkr_keras as hkr
-    >>> model = keras.Sequential([keras.Input((4,)), hkr.layers.LipschitzDense(2, name="head")])
-    >>> summary = hkr.lipschitz_summary(model, print_fn=None)
-    >>> [row.layer for row in summary.rows]
-    ['head']
-    """
-    rows = []
-
-    def visit(layer, inputs, output):
-        spectra = list(_spectra(layer))
-        rows.append(
-            SummaryRow(
-                layer=layer.name,
-                kind=type(layer).__name__,
-                sigma_min=math.prod(s.smallest for s in spectra) if spectra else None,
-                sigma_max=math.prod(s.largest for s in spectra) if spectra else None,
-                bound=lipschitz_bound(layer) if len(inputs) == 1 else None,
-                product=output.constant,
-            )
-        )
-
-    bound = _joint_constant(model_flows(model, visit))
-    summary = LipschitzSummary(model.name, bound, tuple(rows))
-    if print_fn is not None:
-        print_fn(str(summary))
-    return summary

@@ -1,9 +1,20 @@
 """What the tests measure with: explicit operators, random pairs, gradients."""
 
+import contextlib
+
 import keras
 import numpy as np
 
 BACKEND = keras.backend.backend()
+
+
+def double_precision():
+    """A context in which the backend computes float64 when asked to: JAX wants to be told."""
+    if BACKEND == "jax":
+        import jax
+
+        return jax.enable_x64(True)
+    return contextlib.nullcontext()
 
 
 def to_numpy(tensor, dtype="float64"):

@@ -1,11 +1,10 @@
-import contextlib
 import json
 import math
 
 import keras
 import numpy as np
 import pytest
-from helpers import BACKEND, adam_steps, largest_ratio, normal, operator_norm, to_numpy
+from helpers import adam_steps, double_precision, largest_ratio, normal, operator_norm, to_numpy
 
 import hkr_keras as hkr
 from hkr_keras import bounds
@@ -16,14 +15,6 @@ K, L = keras.layers, hkr.layers
 # ---- activations ----------------------------------------------------------------------------------------
 
 POINTWISE = [function for function in bounds.ACTIVATION_BOUNDS if function is not keras.activations.softmax]
-
-
-def double_precision():
-    if BACKEND == "jax":
-        import jax
-
-        return jax.enable_x64(True)
-    return contextlib.nullcontext()
 
 
 @pytest.mark.parametrize("function", POINTWISE, ids=lambda function: function.__name__)
@@ -78,6 +69,12 @@ LINEAR = [
     (K.AveragePooling3D(2), (2, 2, 4, 1), 1.01),
     (K.GlobalAveragePooling2D(), (3, 3, 2), 3.01),
     (K.Rescaling(2.5, offset=-1.0), (4,), 1.01),
+    (K.Normalization(mean=[1.0, 2.0, 0.0], variance=[4.0, 0.25, 1.0]), (5, 3), 1.01),
+    (K.Normalization(mean=1.0, variance=9.0, axis=None), (4,), 1.01),
+    (K.Normalization(mean=[1.0, 2.0], variance=[4.0, 0.25], invert=True), (2,), 1.01),
+    (K.UpSampling1D(3), (4, 2), 1.01),
+    (K.UpSampling2D((2, 3)), (3, 3, 1), 1.01),
+    (K.UpSampling3D(2), (2, 2, 2, 1), 1.01),
     (K.Rescaling([0.5, -2.0, 1.0]), (4, 3), 1.01),
     (K.RepeatVector(5), (3,), 1.01),
     (K.TimeDistributed(K.Dense(3)), (4, 2), 1.01),
@@ -138,6 +135,89 @@ def test_nonlinear_layers(layer, shape, constant):
     if constant is not None:
         assert bound == pytest.approx(constant, rel=1e-9)
         assert max(ratios) >= 0.99 * constant
+
+
+SIZED = [
+    # layer, input shape: with the size at hand the bound is the norm
+    (K.AveragePooling1D(3, 1), (8, 1)),
+    (K.AveragePooling1D(4, 3, padding="same"), (8, 2)),
+    (K.AveragePooling2D(3, 2, padding="same"), (5, 8, 2)),
+    (K.AveragePooling2D((2, 3), (1, 2), padding="same"), (6, 4, 1)),
+    (K.AveragePooling3D(2, 1, padding="same"), (3, 3, 4, 1)),
+    (K.AveragePooling1D(3, 2, padding="same"), (4, 1)),
+    (K.GlobalAveragePooling1D(), (7, 2)),
+    (K.GlobalAveragePooling2D(), (3, 5, 2)),
+    (K.GlobalAveragePooling3D(), (2, 2, 3, 1)),
+]
+
+
+@pytest.mark.parametrize(("layer", "shape"), SIZED, ids=lambda value: getattr(value, "name", None))
+def test_pooling_of_a_known_size_has_its_own_norm(layer, shape):
+    model = keras.Sequential([keras.Input(shape), layer])
+    norm = operator_norm(model, shape)
+    slack = 1.1 if getattr(layer, "padding", "") == "same" else 1 + 1e-5  # backends differ at the border
+    assert norm * (1 - 1e-6) <= hkr.lipschitz_bound(model) <= slack * norm
+    nested = keras.Sequential([keras.Input(shape), keras.Sequential([L.Scale(2.0), layer])])
+    assert hkr.lipschitz_bound(nested) == pytest.approx(2 * hkr.lipschitz_bound(model))
+
+
+def test_dense_layers_with_nothing_between_count_as_one():
+    """The product of these two is 4, their composition 1."""
+    model = keras.Sequential([keras.Input((2,)), K.Dense(2, use_bias=False), K.Dropout(0.5), K.Dense(2)])
+    model.layers[0].kernel.assign([[2.0, 0.0], [0.0, 0.5]])
+    model.layers[2].kernel.assign([[0.5, 0.0], [0.0, 2.0]])
+    assert hkr.lipschitz_bound(model) == pytest.approx(1.0, rel=1e-9)
+    assert hkr.lipschitz_bound(model) >= 1.0
+    x = np.array([[1.0, 0.0]], "float32")
+    assert hkr.certify(model, x, verbose=0).radius[0] == pytest.approx(0.5**0.5)
+    model.layers[0].kernel.assign([[2.0, 0.0], [0.0, 4.0]])
+    assert hkr.lipschitz_bound(model) == pytest.approx(8.0, rel=1e-9)
+
+
+def test_composition_that_cancels_keeps_its_rounding():
+    """Kernels of 1e8 whose product vanishes in float64, but not in exact arithmetic."""
+    rng = np.random.default_rng(0)
+    first = np.float32(1e8) * rng.standard_normal((6, 6)).astype("float32")
+    second = np.linalg.inv(first.astype("float64")).astype("float32")
+    model = keras.Sequential([keras.Input((6,)), K.Dense(6, use_bias=False), K.Dense(6, use_bias=False)])
+    model.set_weights([first, second])
+    exact = [[sum(int(a * 2**60) * int(b * 2**90) for a, b in zip(map(float, row), map(float, column), strict=True))
+              for column in second.T] for row in first]  # fmt: skip
+    norm = np.linalg.norm(np.array([[float(entry / 2**150) for entry in row] for row in exact]), 2)
+    assert norm * (1 - 1e-12) <= hkr.lipschitz_bound(model) <= 1.001 * norm
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "message"),
+    [
+        (K.LayerNormalization(), (4,), "use LayerCentering"),
+        (K.GroupNormalization(2), (4,), "use LayerCentering"),
+        (K.UnitNormalization(), (4,), "a norm that may be 0"),
+        (K.LSTM(2), (3, 4), "recurrent"),
+        (K.Bidirectional(K.GRU(2)), (3, 4), "recurrent"),
+        (K.UpSampling2D(2, interpolation="bilinear"), (3, 3, 1), "repeat pixels"),
+    ],
+    ids=lambda value: getattr(value, "name", None),
+)
+def test_layers_without_a_constant_are_refused_with_the_reason(layer, shape, message):
+    with pytest.raises(ValueError, match=message):
+        hkr.lipschitz_bound(keras.Sequential([keras.Input(shape), layer]))
+
+
+def test_multiply_and_embedding_are_refused():
+    with pytest.raises(ValueError, match="Multiply"):
+        hkr.lipschitz_bound(graph(lambda x: K.Multiply()([x, x])))
+    layer = K.Embedding(5, 3)
+    layer.build((None, 2))
+    with pytest.raises(ValueError, match="table index"):
+        hkr.lipschitz_bound(layer)
+
+
+@pytest.mark.parametrize("layer", [L.BatchCentering(), L.LayerCentering(), L.Householder()])
+def test_a_shared_layer_cannot_be_broadcast(layer):
+    layer.build((None, 4))
+    with pytest.raises(ValueError, match="incompatible"):
+        layer(np.ones((1, 1), "float32"))
 
 
 def test_relu_with_a_threshold_is_refused():
@@ -454,5 +534,49 @@ def test_summary_can_be_silent(capsys):
 
 def test_summary_of_merging_layers():
     summary = hkr.lipschitz_summary(graph(lambda x: K.Add(name="sum")([x, x])), print_fn=None)
-    assert [(row.layer, row.bound) for row in summary.rows] == [("sum", None)]
+    assert [(row.layer, row.bound) for row in summary.rows] == [("sum", pytest.approx(math.sqrt(2)))]
     assert summary.rows[0].product == pytest.approx(2.0)
+
+
+def test_summary_shows_both_sides():
+    model, x = example(), normal((20, 6, 6, 1))
+    summary = hkr.lipschitz_summary(model, print_fn=None, x=x)
+    assert 0 < summary.lower <= summary.bound
+    assert summary.ratio == summary.bound / summary.lower
+    for row in summary.rows:
+        assert 0 < row.lower <= row.bound * (1 + 1e-9)
+        assert row.ratio >= 1 - 1e-9
+    assert summary.rows[-1].lower == pytest.approx(summary.rows[-1].bound, rel=1e-6)
+    text = str(summary)
+    assert f"{summary.lower:.6g}" in text
+    assert "ratio" in text
+
+
+@pytest.mark.parametrize("units", [1, 5])
+def test_the_lower_estimate_of_a_linear_model_is_its_constant(units):
+    model = keras.Sequential([keras.Input((3, 4)), K.Flatten(), K.Dense(6, use_bias=False), K.Dense(units)])
+    summary = hkr.lipschitz_summary(model, print_fn=None)
+    assert summary.lower == pytest.approx(summary.bound, rel=1e-4)
+
+
+def test_the_lower_estimate_of_several_inputs_and_large_ones():
+    model = graph(lambda x, z: K.Add()([doubling(3.0)(x), doubling(4.0)(z)]), 2)
+    summary = hkr.lipschitz_summary(model, print_fn=None)
+    assert summary.lower == pytest.approx(5.0, rel=1e-3)
+    assert hkr.lipschitz_summary(model, print_fn=None, x=[normal((9, 4)), normal((9, 4))]).lower > 4.9
+    wide = keras.Sequential([keras.Input((1500,)), doubling(2.0)])
+    assert hkr.lipschitz_summary(wide, print_fn=None).lower == pytest.approx(2.0, rel=1e-3)
+
+
+def test_summary_of_a_model_of_unknown_shape_wants_data():
+    class Twice(keras.Model):
+        def call(self, x):
+            return 2 * x
+
+    bounds.layer_bound.register(Twice, lambda layer: 2.0)
+    model = Twice()
+    model(np.zeros((1, 4), "float32"))
+    with pytest.raises(ValueError, match="Expected inputs x"):
+        hkr.lipschitz_summary(model, print_fn=None)
+    summary = hkr.lipschitz_summary(model, print_fn=None, x=normal((4, 4)))
+    assert summary.lower == pytest.approx(2.0, rel=1e-3)

@@ -1,14 +1,16 @@
 """Certificates: their formulas, their validity under attack, and what is refused."""
 
+import dataclasses
 import json
 import math
 
 import keras
 import numpy as np
 import pytest
+import sklearn.metrics
 
 import hkr_keras as hkr
-from hkr_keras import Certificate, certificates, certify
+from hkr_keras import Certificate, bounds, certify
 
 FEATURES = 6
 
@@ -275,6 +277,194 @@ def test_json_round_trip():
     assert stored["versions"]["backend"] == keras.backend.backend()
 
 
+def test_stored_certificates_say_what_they_are_about():
+    model = dense_model(5)
+    stored = json.loads(certify(model, random_inputs(), verbose=0).to_json())
+    assert stored["dimension"] == FEATURES
+    assert stored["model_sha256"] == hkr.evaluation.model_hash(model)
+    assert {"hkr_keras", "keras", "numpy", "backend", "dtype"} <= set(stored["versions"])
+    assert stored["versions"]["dtype"] == "float32"
+    assert all(sentence.endswith(".") for sentence in stored["assumptions"])
+    assert all(sentence in stored["statement"] for sentence in stored["assumptions"])
+
+
+def test_a_stored_certificate_keeps_its_origin():
+    certificate = certify(dense_model(5), random_inputs(), verbose=0, rigorous=True)
+    text = certificate.to_json().replace(f'"keras": "{keras.__version__}"', '"keras": "3.99"')
+    again = Certificate.from_json(text)
+    assert again.versions["keras"] == "3.99"
+    assert (again.rigorous, again.dimension, again.model) == (True, FEATURES, certificate.model)
+
+
+def test_the_hash_is_of_weights_and_architecture(tmp_path):
+    model = nested_model()
+    digest = hkr.evaluation.model_hash(model)
+    assert hkr.evaluation.model_hash(model) == digest
+    model.compile("sgd", "mse")
+    model.save(tmp_path / "model.keras")
+    assert hkr.evaluation.model_hash(keras.models.load_model(tmp_path / "model.keras")) == digest
+    weights = model.get_weights()
+    model.set_weights([np.nextafter(weights[0], np.float32(9)), *weights[1:]])
+    assert hkr.evaluation.model_hash(model) != digest
+    assert hkr.evaluation.model_hash(dense_model(5)) != hkr.evaluation.model_hash(
+        dense_model(5, extra=[hkr.layers.Scale(-1.0)])
+    )
+
+
+# ---- verification ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rigorous", [False, True])
+def test_verify(rigorous):
+    model, x = dense_model(5), random_inputs()
+    certificate = certify(model, x, verbose=0, rigorous=rigorous)
+    verification = Certificate.from_json(certificate.to_json()).verify(model, x, batch_size=7, verbose=0)
+    assert verification
+    assert verification.differences == ()
+
+
+def test_verify_tells_what_differs():
+    model, x = dense_model(5), random_inputs()
+    certificate = certify(model, x, verbose=0)
+
+    def differences(model=model, x=x, **changes):
+        found = dataclasses.replace(certificate, **changes).verify(model, x, verbose=0)
+        assert not found
+        return " ".join(found.differences)
+
+    assert "radius of input 3" in differences(radius=certificate.radius + 0.01 * (np.arange(len(x)) == 3))
+    assert "prediction of input" in differences(prediction=(certificate.prediction + 1) % 5)
+    assert "inputs: expected 40, found 39" in differences(x=x[1:])
+    assert "bound" in differences(bound=certificate.bound * 0.99)
+    assert "method" in differences(method="logits")
+    other = dense_model(5)
+    other.set_weights([1.001 * weight for weight in model.get_weights()])
+    assert "model: expected" in differences(model=other)
+
+
+# ---- other norms, top k, outputs ----------------------------------------------------------------------------
+
+
+def test_other_norms():
+    certificate = Certificate(RADIUS, PREDICTION, 1.0, 3, "pairwise", dimension=16)
+    assert certificate.radius_in(1).tolist() == certificate.radius_in(2).tolist() == RADIUS.tolist()
+    np.testing.assert_allclose(certificate.radius_in(math.inf), RADIUS / 4)
+    assert np.all(certificate.radius_in(math.inf)[RADIUS > 0] < RADIUS[RADIUS > 0] / 4)
+    assert certificate.accuracy(LABELS, 0.1, norm=math.inf) == 2 / 5
+    assert certificate.curve(LABELS, [0.05, 0.1], norm=math.inf).tolist() == [3 / 5, 2 / 5]
+    assert certificate.mean_radius(LABELS, norm=math.inf) == pytest.approx((0.5 + 0.25 + 1.0) / 20)
+    for norm in (0, 3, "2"):
+        with pytest.raises(ValueError, match=f"Received: norm={norm}"):
+            certificate.radius_in(norm)
+    with pytest.raises(ValueError, match="dimension=None"):
+        Certificate(RADIUS, PREDICTION, 1.0, 3, "pairwise").radius_in(math.inf)
+
+
+@pytest.mark.parametrize("norm", [1, math.inf])
+def test_no_attack_in_another_norm_changes_the_prediction(norm):
+    model, x = dense_model(5), random_inputs()
+    certificate = certify(model, x, verbose=0)
+    directions = [*attacks(model, x, certificate.prediction), *(np.sign(d) for d in attacks(model, x, None))]
+    spikes = [np.eye(FEATURES)[[axis] * len(x)] * sign for axis in range(FEATURES) for sign in (-1, 1)]
+    for direction in [*directions, *spikes]:
+        length = np.linalg.norm(direction, ord=norm, axis=1, keepdims=True)
+        moved = x + 0.999 * certificate.radius_in(norm)[:, None] * direction / np.maximum(length, 1e-12)
+        assert predict(model, moved.astype("float32")).tolist() == certificate.prediction.tolist()
+
+
+@pytest.mark.parametrize("name", ["pairwise", "activation_behind_the_head", "nested"])
+def test_top_k(name):
+    model, x = MODELS[name][0](), random_inputs()
+    logits = logits_of(model, x)
+    classes = logits.shape[1]
+    top = [hkr.certify_top_k(model, x, k, verbose=0) for k in range(1, classes)]
+    best = certify(model, x, verbose=0)
+    np.testing.assert_allclose(top[0].radius.max(axis=1), best.radius, rtol=1e-12)
+    assert np.all(np.diff([t.radius for t in top], axis=0) >= 0)
+    ranks = np.argsort(np.argsort(-logits, axis=1), axis=1)
+    for k, certificate in enumerate(top, start=1):
+        np.testing.assert_array_equal(certificate.radius > 0, ranks < k)
+        for direction in attacks(model, x, best.prediction):
+            for label in range(classes):
+                moved = x + 0.999 * certificate.radius[:, [label]] * direction
+                order = np.argsort(-logits_of(model, moved.astype("float32")), axis=1)[:, :k]
+                certified = certificate.radius[:, label] > 1e-5
+                assert np.all((order == label).any(axis=1)[certified])
+    y = best.prediction
+    assert top[1].accuracy(y, 0.1) >= top[0].accuracy(y, 0.1) == best.accuracy(y, 0.1)
+
+
+@pytest.mark.parametrize("k", [0, 5, 6])
+def test_wrong_k(k):
+    with pytest.raises(ValueError, match=f"k={k}"):
+        hkr.certify_top_k(dense_model(5), random_inputs(), k, verbose=0)
+
+
+def test_top_k_of_a_score_or_with_wrong_labels():
+    with pytest.raises(ValueError, match="Expected logits"):
+        hkr.certify_top_k(dense_model(1), random_inputs(), 1, verbose=0)
+    top = hkr.certify_top_k(dense_model(5), random_inputs(), 2, verbose=0)
+    with pytest.raises(ValueError, match="Expected 40 labels"):
+        top.accuracy([1, 2])
+    with pytest.raises(ValueError, match="epsilon=-1"):
+        top.accuracy([1] * 40, epsilon=-1)
+
+
+def sequence_model():
+    keras.utils.set_random_seed(6)
+    return keras.Sequential(
+        [keras.Input((FEATURES,)), keras.layers.Reshape((3, 2)), keras.layers.Dense(4), hkr.layers.MaxMin()]
+    )
+
+
+@pytest.mark.parametrize("rigorous", [False, True])
+@pytest.mark.parametrize(
+    "make", [lambda: dense_model(1), lambda: dense_model(3, scale=2.0), nested_model, sequence_model]
+)
+def test_outputs_stay_in_their_intervals(make, rigorous):
+    model, x, epsilon = make(), random_inputs(), 0.3
+    found = hkr.certify_outputs(model, x, epsilon, verbose=0, rigorous=rigorous)
+    assert found.value.shape == found.lower.shape == found.upper.shape == model.predict(x, verbose=0).shape
+    assert found.contain(found.value).all()
+    for direction in attacks(model, x, np.ones(len(x))) if found.value.ndim == 2 else [np.roll(x, 1, axis=0) / 9]:
+        moved = x + epsilon * direction / np.maximum(np.linalg.norm(direction, axis=1, keepdims=True), 1)
+        assert found.contain(logits_of(model, moved.astype("float32"))).all()
+
+
+def test_intervals_of_a_linear_model_are_exact():
+    model, x = linear_model(3), random_inputs()
+    kernel = np.asarray(model.get_weights()[0], dtype="float64")
+    found = hkr.certify_outputs(model, x, 0.5, verbose=0)
+    expected = np.broadcast_to(np.linalg.norm(kernel, axis=0), found.value.shape)
+    np.testing.assert_allclose(found.upper - found.lower, expected, rtol=1e-6)
+
+
+def test_certified_auroc():
+    model, x = dense_model(1), random_inputs(200)
+    y = (logits_of(model, x)[:, 0] + np.random.default_rng(0).normal(size=200) > 0).astype(int)
+    areas = [hkr.certify_outputs(model, x, epsilon, verbose=0).auroc(y) for epsilon in (0.0, 0.1, 0.5, 9.0)]
+    assert areas[0] == pytest.approx(sklearn.metrics.roc_auc_score(y, logits_of(model, x)[:, 0]))
+    assert sorted(areas, reverse=True) == areas
+    assert areas[-1] == 0.0
+    epsilon = 0.1
+    worst = [-np.where(y == 1, 1, -1)[:, None] * d for d in attacks(model, x, np.ones(200))]
+    for direction in worst:
+        moved = (x + epsilon * direction).astype("float32")
+        assert sklearn.metrics.roc_auc_score(y, logits_of(model, moved)[:, 0]) >= areas[1]
+
+
+@pytest.mark.parametrize("y", [[1] * 40, [0] * 40, [0, 1]])
+def test_wrong_labels_of_an_area(y):
+    found = hkr.certify_outputs(dense_model(1), random_inputs(), 0.1, verbose=0)
+    with pytest.raises(ValueError, match="of both classes"):
+        found.auroc(y)
+
+
+def test_the_area_of_several_outputs_is_refused():
+    with pytest.raises(ValueError, match="one score per input"):
+        hkr.certify_outputs(dense_model(3), random_inputs(), 0.1, verbose=0).auroc([0, 1] * 20)
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"radius": [1.0]}', "null"])
 def test_wrong_json(text):
     with pytest.raises(ValueError, match="Expected the JSON text of a certificate"):
@@ -384,8 +574,8 @@ def test_tiny_weights_of_a_float64_head_give_no_infinite_radius():
     )
     for model in (plain, tiny):
         model.layers[0].kernel.assign(np.eye(2))
-    weights = certificates._distances(np.eye(2) * scale)
-    np.testing.assert_allclose(weights, scale * np.sqrt([[0.0, 2.0], [2.0, 0.0]]))
+    distances = bounds.Head(np.eye(2) * scale, np.ones(1)).differences_from(0)
+    np.testing.assert_allclose(distances, scale * np.sqrt([0.0, 2.0]))
     x = np.array([[1.0, 0.0]], "float32")
     assert hkr.certify(plain, x, verbose=0).radius[0] == pytest.approx(0.5**0.5)
     assert hkr.certify(tiny, x, verbose=0).radius[0] == 0.0  # float32 logits underflow to a tie

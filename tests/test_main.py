@@ -123,6 +123,29 @@ def test_certify_a_stored_model(stored, capsys):
     assert (folder / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_rigorous_and_in_another_norm(stored, capsys):
+    folder, _ = stored
+    files = str(folder / "model.keras"), str(folder / "data.npz")
+    rigorous = str(folder / "rigorous.json")
+    assert main(["certify", *files, "--rigorous", "--norm", "inf", "--epsilon", "0.05", "--json", rigorous]) == 0
+    text = capsys.readouterr().out
+    assert "float32 network" in text
+    assert "L-infinity" in text
+    certificate = hkr.Certificate.from_json(pathlib.Path(rigorous).read_text())
+    assert certificate.rigorous
+    assert f"{certificate.accuracy([0, 1, 1, 0], 0.05, norm=np.inf):.1%}" in text
+
+
+def test_summary_with_data_and_as_json(stored, capsys):
+    folder, _ = stored
+    out = folder / "summary.json"
+    arguments = ["--data", str(folder / "data.npz"), "--json", str(out)]
+    assert main(["summary", str(folder / "model.keras"), *arguments]) == 0
+    assert "ratio" in capsys.readouterr().out
+    summary = json.loads(out.read_text())
+    assert 0 < summary["lower"] <= summary["bound"]
+
+
 @pytest.mark.parametrize("broken", ["missing.keras", "garbage.keras", "code.keras"])
 def test_a_broken_or_hostile_model_is_an_error(broken, stored, capsys):
     folder, _ = stored

@@ -110,6 +110,7 @@ class _ChannelActivation(keras.layers.Layer):
                 f"Expected {type(self).__name__} '{self.name}' to receive a number of channels that is known and "
                 f"a multiple of {self.group}. Received: input_shape={tuple(input_shape)}, axis={self.axis}"
             )
+        self.input_spec = keras.layers.InputSpec(axes={self.axis: channels})
         self.built = True
 
     def compute_output_shape(self, input_shape):

@@ -44,6 +44,7 @@ class LayerCentering(keras.layers.Layer):
                 )
             shape = tuple(size if i in axes else 1 for i, size in enumerate(input_shape))[1:]
             self.bias = self.add_weight(name="bias", shape=shape, initializer="zeros")
+            self.input_spec = keras.layers.InputSpec(ndim=len(input_shape), axes={a: input_shape[a] for a in axes})
         self.built = True
 
     def call(self, inputs):
@@ -97,6 +98,8 @@ class BatchCentering(keras.layers.Layer):
                 f"Expected BatchCentering '{self.name}' to know the size of its axis. "
                 f"Received: axis={self.axis}, input_shape={tuple(input_shape)}"
             )
+        # An input of one channel would be broadcast to all of them.
+        self.input_spec = keras.layers.InputSpec(ndim=len(input_shape), axes={self.axis % len(input_shape): size})
         self.moving_mean = self.add_weight(name="moving_mean", shape=(size,), initializer="zeros", trainable=False)
         if self.center:
             self.bias = self.add_weight(name="bias", shape=(size,), initializer="zeros")

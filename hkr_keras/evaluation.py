@@ -1,0 +1,303 @@
+"""What every certificate starts from: outputs, how they change in exact arithmetic, and what rounding adds."""
+
+import dataclasses
+import hashlib
+import json
+import math
+
+import keras
+import numpy as np
+
+from hkr_keras import bounds
+from hkr_keras._version import __version__
+from hkr_keras.rounding import LARGEST, TINY, Affine, Tracer, norms
+
+ROUNDED_DOWN = 1 - 1e-9  # covers the float64 rounding of whatever the radius is made of
+
+_ONE_SIDED = {
+    getattr(keras.activations, name)
+    for name in ("sigmoid", "hard_sigmoid", "sparse_sigmoid", "softmax", "softplus", "relu", "relu6")
+}
+
+
+def model_hash(model) -> str:
+    """SHA-256 of the architecture and the weights of a model, as hexadecimal digits.
+
+    Example:
+
+    >>> model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    >>> len(model_hash(model))
+    64
+    """
+    digest = hashlib.sha256()
+    config = keras.saving.serialize_keras_object(model.get_config())
+    digest.update(json.dumps(_without_build(config), sort_keys=True, default=str).encode())
+    for weight in model.weights:
+        array = np.ascontiguousarray(keras.ops.convert_to_numpy(weight.value))
+        digest.update(f"{array.dtype}{array.shape}".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+def _without_build(config):
+    """A config without what depends on how a model came about: shapes it was built with, the compiled training."""
+    if isinstance(config, dict):
+        left_out = ("build_config", "compile_config", "batch_shape", "module", "build_input_shape")
+        return {name: _without_build(value) for name, value in config.items() if name not in left_out}
+    return [_without_build(value) for value in config] if isinstance(config, (list, tuple)) else config
+
+
+def versions(model=None) -> dict[str, str]:
+    """Of this package, Keras, NumPy and the backend, and the precision of the model."""
+    known = {
+        "hkr_keras": __version__,
+        "keras": keras.__version__,
+        "numpy": np.__version__,
+        "backend": keras.backend.backend(),
+    }
+    return known if model is None else {**known, "dtype": str(model.compute_dtype)}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Evaluation:
+    """Outputs of a model, and what is proven of how they change.
+
+    Args:
+        outputs: `(n, ...)` float64.
+        flow: of the output in exact arithmetic.
+        one_sided: whether the output cannot change its sign.
+        identity: of model and inputs, for the certificate.
+        error, before, since, largest: of `rounding.Trace`; `None` when not rigorous.
+        moved: `(n,)`, how far the inputs moved when they were rounded to float32; 0 when not rigorous.
+    """
+
+    outputs: np.ndarray
+    flow: bounds.Flow
+    one_sided: bool
+    identity: dict
+    error: Affine | None
+    before: Affine | None
+    since: Affine | None
+    largest: Affine | None
+    moved: np.ndarray
+
+    @property
+    def is_score(self) -> bool:
+        return self.outputs.ndim == 1 or self.outputs.shape[1] == 1
+
+    def of_outputs(self) -> tuple[np.ndarray, Affine | None]:
+        """How far each single output moves per unit, `(outputs,)` or `(1,)`, and what rounding adds, `(n, same)`."""
+        head = self.flow.head
+        if head is None or self.outputs.ndim != 2:
+            return np.array([self.flow.constant]), self._combined(0.0, self.error)
+        before = bounds.Flow(head.constants).constant
+        lengths = head.lengths()
+        return np.minimum(before * lengths, self.flow.constant), self._combined(lengths, self.since)
+
+    def rival_radii(self, label: int, chosen: np.ndarray) -> np.ndarray:
+        """Radii within which a class stays in front of each other one, `(chosen, classes - 1)`."""
+        others = np.arange(self.outputs.shape[1]) != label
+        margin = self.outputs[chosen][:, [label]] - self.outputs[chosen][:, others]
+        head = self.flow.head
+        if head is None:
+            change, since = np.full(others.sum(), math.sqrt(2) * self.flow.constant), self.error
+            lengths = 0.0
+        else:
+            lengths, since = head.differences_from(label)[others], self.since
+            change = bounds.Flow(head.constants).constant * lengths
+        return self.radii(margin, change, self._combined(lengths, since, math.sqrt(2)), chosen)
+
+    def _combined(self, lengths, since: Affine | None, factor: float = 1.0) -> Affine | None:
+        if since is None:
+            return None
+        columns = Affine(*(np.reshape(part, (-1, 1)) * factor for part in (since.constant, since.slope)))
+        if self.before is None:
+            return columns
+        before = Affine(*(np.reshape(part, (-1, 1)) for part in (self.before.constant, self.before.slope)))
+        return before.times(lengths) + columns
+
+    @np.errstate(divide="ignore", invalid="ignore", over="ignore")
+    def radii(self, margin, change, rounding: Affine | None, chosen=slice(None)) -> np.ndarray:
+        """The distances at which a margin is used up, `(n, margins)`; 0 where it is not positive."""
+        if rounding is not None:
+            n = len(self.outputs)
+            constant, slope = (np.broadcast_to(a, (n, a.shape[1]))[chosen] for a in (rounding.constant, rounding.slope))
+            margin, change = margin - 2 * constant / ROUNDED_DOWN, change + slope
+        radii = np.where(margin > 0, margin / change * ROUNDED_DOWN, 0.0)
+        if rounding is not None:
+            radii = np.minimum(radii, self.reach()[chosen][:, None]) - self.moved[chosen][:, None]
+        return np.where(radii > 0, radii, 0.0)  # NaN included
+
+    @np.errstate(invalid="ignore", over="ignore")
+    def reach(self) -> np.ndarray:
+        """Distances within which no number can overflow, `(n,)`; infinite in exact arithmetic."""
+        if self.largest is None:
+            return np.full(len(self.outputs), math.inf)
+        reach = (LARGEST - self.largest.constant) / np.maximum(self.largest.slope, 1e-30)
+        return np.where(reach > 0, reach, 0.0)
+
+
+def evaluate(model, x, batch_size: int, verbose, rigorous: bool) -> Evaluation:
+    """Predicts, and proves what can be proven of the outputs.
+
+    Args and errors: those of `hkr_keras.certify`.
+    """
+    _check_model(model)
+    arrays = _check_inputs(x)
+    one_sided: dict[int, bool] = {}  # which tensors cannot change their sign
+
+    def apply(layer, flows, shapes):
+        output = bounds.flow_through(layer, flows, shapes)
+        one_sided[id(output)] = _is_one_sided(layer, [one_sided.get(id(flow), False) for flow in flows])
+        return output
+
+    flows = bounds.model_flows(model, apply)
+    if len(flows) != 1:
+        raise ValueError(f"Expected a model with one output. Received: {len(flows)} outputs")
+    error, before, since, largest, moved = None, None, None, None, np.zeros(len(arrays[0]))
+    if rigorous:
+        _check_precision(model)
+        arrays, moved = _in_float32(model, x)
+        x = arrays if len(arrays) > 1 else arrays[0]
+    model.make_predict_function(force=True)  # an old one may hold layers or numbers that have changed since
+    outputs = np.asarray(model.predict(x, batch_size=batch_size, verbose=verbose), dtype=np.float64)
+    if not np.isfinite(outputs).all():
+        raise ValueError("Expected finite outputs. Received: NaN or infinite scores or logits")
+    if rigorous:
+        error, before, since, largest = _trace(model, arrays, outputs, batch_size, verbose)
+    identity = {
+        "rigorous": rigorous,
+        "dimension": sum(math.prod(array.shape[1:]) for array in arrays),
+        "model": model_hash(model),
+        "versions": versions(model),
+    }
+    return Evaluation(
+        outputs, flows[0], one_sided.get(id(flows[0]), False), identity, error, before, since, largest, moved
+    )
+
+
+def _check_inputs(x) -> list[np.ndarray]:
+    arrays = [np.asarray(array) for array in keras.tree.flatten(x)]
+    if not arrays or any(array.size == 0 for array in arrays):
+        raise ValueError(f"Expected at least one input. Received: x with shapes {[array.shape for array in arrays]}")
+    if any(array.dtype.kind not in "fiub" for array in arrays):
+        raise ValueError(f"Expected numeric inputs. Received: x of dtypes {[str(array.dtype) for array in arrays]}")
+    if not all(np.isfinite(array).all() for array in arrays):
+        raise ValueError("Expected finite inputs. Received: x with NaN or infinite entries")
+    return arrays
+
+
+def _in_float32(model, x) -> tuple[list[np.ndarray], np.ndarray]:
+    """The inputs as float32, in the order and of the ranks of the model's, and how far each has moved."""
+    if isinstance(x, dict):
+        names = [tensor.name for tensor in model.inputs]
+        if set(names) != set(x):
+            raise ValueError(f"Expected the inputs {names}. Received: x with {sorted(x)}")
+        arrays = [np.asarray(x[name]) for name in names]
+    else:
+        arrays = [np.asarray(array) for array in keras.tree.flatten(x)]
+    if len(arrays) != len(model.inputs):
+        raise ValueError(f"Expected {len(model.inputs)} inputs. Received: {len(arrays)} arrays")
+    rounded, squares = [], np.zeros(len(arrays[0]))
+    for array, tensor in zip(arrays, model.inputs, strict=True):
+        with np.errstate(over="ignore"):
+            single = array.astype(np.float32)
+        if not np.isfinite(single).all():
+            raise ValueError("Expected inputs within the range of float32. Received: x that overflows")
+        squares += np.square(norms(array.astype(np.float64) - single))
+        if single.ndim == len(tensor.shape) - 1:  # as Keras does, images without a channel axis get one
+            single = single[..., None]
+        elif single.ndim == len(tensor.shape) + 1 and single.shape[-1] == 1:
+            single = single[..., 0]
+        rounded.append(single)
+    return rounded, np.sqrt(squares) / ROUNDED_DOWN
+
+
+@np.errstate(over="ignore", invalid="ignore", under="ignore")
+def _trace(model, arrays: list[np.ndarray], outputs, batch_size: int, verbose) -> list[Affine | None]:
+    """The rounding of all batches: `error`, `before`, `since` and `largest` of every input."""
+    tracer, parts, count = Tracer(model), [], len(outputs)
+    bar = keras.utils.Progbar(
+        -(-count // batch_size), verbose=1 if verbose == "auto" else int(verbose), unit_name="batch"
+    )
+    for step, start in enumerate(range(0, count, batch_size)):
+        batch = [array[start : start + batch_size] for array in arrays]
+        trace, largest = tracer(batch)
+        size = len(batch[0])
+        deviation = norms(trace.value.astype(np.float64) - outputs[start : start + batch_size])
+        allowed = 2 * trace.error.constant / ROUNDED_DOWN
+        if (deviation > allowed).any():
+            raise ValueError(
+                "Expected predictions within float32 rounding of the layers, one by one: is a reduced precision in "
+                f"use? Received: predictions that differ by {deviation.max()}, where {allowed.min()} is allowed"
+            )
+        parts.append(
+            [
+                None if a is None else (np.broadcast_to(a.constant, size), np.broadcast_to(a.slope, size))
+                for a in (trace.error, trace.before, trace.since, largest)
+            ]
+        )
+        bar.update(step + 1)
+    return [
+        None if column[0] is None else Affine(*(np.concatenate(half) for half in zip(*column, strict=True)))
+        for column in zip(*parts, strict=True)
+    ]
+
+
+def _check_precision(model) -> None:
+    """Refuses subnormal weights, and machines whose float32 products have fewer than 24 bits."""
+    for weight in model.weights:
+        values = np.abs(np.asarray(keras.ops.convert_to_numpy(weight.value), dtype=np.float64))
+        if ((values > 0) & (values < TINY)).any():
+            raise ValueError(
+                "Expected no subnormal weights, which some machines take for 0: set those below 2^-126 to 0. "
+                f"Received: {weight.path} with {int(((values > 0) & (values < TINY)).sum())} subnormal entries"
+            )
+    numbers = np.full((64, 64), 1 + 2.0**-20, dtype="float32")
+    kernel = np.eye(64, dtype="float32")
+    products = (
+        keras.ops.matmul(numbers, kernel),
+        keras.ops.conv(numbers.reshape(1, 8, 8, 64), kernel.reshape(1, 1, 64, 64), data_format="channels_last"),
+    )
+    if any((np.asarray(keras.ops.convert_to_numpy(product)) != 1 + 2.0**-20).any() for product in products):
+        raise ValueError(
+            "Expected products in full float32: switch TF32 and bfloat16 products off. "
+            f"Received: a {keras.backend.backend()} backend that rounds 1 + 2^-20"
+        )
+
+
+def _is_one_sided(layer, inputs: list[bool]) -> bool:
+    """Whether the output of a layer cannot change its sign: after a sigmoid, until a layer that shifts."""
+    activation = getattr(layer, "activation", layer)
+    if activation in _ONE_SIDED or isinstance(activation, (keras.layers.ReLU, keras.layers.Softmax)):
+        return True
+    if isinstance(activation, keras.layers.Activation):
+        return activation.activation in _ONE_SIDED
+    shifts = bool(layer.weights) or isinstance(layer, keras.layers.Rescaling) or len(inputs) > 1
+    return not shifts and inputs[0]
+
+
+_PREDICTION = ("predict", "predict_step", "make_predict_function", "predict_on_batch", "stateless_call")
+
+
+def _check_model(model) -> None:
+    if not isinstance(model, keras.Model):
+        raise ValueError(f"Expected a Keras model. Received: model={model!r}")
+    changed = [
+        name
+        for name in _PREDICTION
+        if name in vars(model) or getattr(type(model), name, None) is not getattr(keras.Model, name, None)
+    ]
+    if changed:
+        raise ValueError(
+            "Expected a model that predicts with its layers alone. "
+            f"Received: {type(model).__name__} '{model.name}', which overrides {', '.join(changed)}"
+        )
+    for layer in model._flatten_layers():
+        dtypes = {str(layer.compute_dtype), str(layer.variable_dtype)}
+        if not dtypes <= {"float32", "float64"}:
+            raise ValueError(
+                "Expected a model that computes in float32: lower precision rounds by more than a certificate "
+                "allows. Rebuild it with keras.config.set_dtype_policy('float32') and copy the weights. "
+                f"Received: layer '{layer.name}' with dtype policy {layer.dtype_policy.name}"
+            )

@@ -1,0 +1,428 @@
+"""What rounding adds: how far a float32 network can be from the same network in exact arithmetic.
+
+For every tensor the walk knows its computed value at the centre of a ball, and bounds, for all points of the ball,
+the distance between what is computed and what exact arithmetic would give. Rounding of single layers lives in
+`layer_rounding` and `merge_rounding`, single-dispatch functions: register a layer of your own as this module does.
+
+Assumed of the machine: IEEE float32, round to nearest; products are sums of rounded (or fused) products, added in any
+order; subnormal numbers may be flushed to 0; `exp`, `sin`, `cos` and reciprocal roots are right to 4 units in the last
+place. Not covered, and refused when noticed: TF32, float16, bfloat16, Winograd and FFT convolutions.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from hkr_keras import bounds
+from hkr_keras import layers as hkr_layers
+from hkr_keras.bounds import Flow
+from hkr_keras.geometry import kernel_geometries
+from hkr_keras.spectra import absolute_bound, host, kernel_bound
+
+UNIT = 2.0**-24  # unit roundoff of float32
+TINY = 2.0**-126  # what flushing a subnormal number to 0 changes at most
+LARGEST = 2.0**60  # above, sums of squares may overflow: nothing is certified there
+
+
+def accumulated(operations: float) -> float:
+    """The relative error `n u / (1 - n u)` of n roundings in a row.
+
+    Raises:
+        ValueError: for so many that nothing is known of the result.
+
+    Example:
+
+    >>> accumulated(100) < 101 * UNIT
+    True
+    """
+    if operations * UNIT >= 0.5:
+        raise ValueError(f"Expected sums of fewer than 2^23 terms in float32. Received: {operations} terms")
+    return operations * UNIT / (1 - operations * UNIT)
+
+
+@dataclasses.dataclass(frozen=True)
+class Affine:
+    """`constant + slope * epsilon` for each input of a batch, arrays `(n,)`."""
+
+    constant: Any
+    slope: Any
+
+    def __call__(self, epsilon):
+        return self.constant + self.slope * epsilon
+
+    def __add__(self, other: "Affine") -> "Affine":
+        return Affine(self.constant + other.constant, self.slope + other.slope)
+
+    def times(self, factor) -> "Affine":
+        return Affine(self.constant * factor, self.slope * factor)
+
+    def larger(self, other: "Affine") -> "Affine":
+        return Affine(np.maximum(self.constant, other.constant), np.maximum(self.slope, other.slope))
+
+
+@dataclasses.dataclass(frozen=True)
+class Rounding:
+    """Error that one layer adds: `at_centre`, `(n,)`, plus `slope` per unit of L2 distance of its computed input."""
+
+    at_centre: Any
+    slope: float | tuple[float, ...]
+
+
+Rule = Callable[..., Rounding]
+
+
+def norms(values: np.ndarray) -> np.ndarray:
+    """Euclidean norms `(n,)` of the entries of a batch, in float64."""
+    return np.linalg.norm(np.asarray(values, dtype=np.float64).reshape(len(values), -1), axis=1)
+
+
+def _size(values) -> float:
+    return math.sqrt(math.prod(values.shape[1:]))
+
+
+# ---- layers with one input ------------------------------------------------------------------------------
+
+
+@functools.singledispatch
+def layer_rounding(layer) -> Rule:
+    """The rounding of a layer: a function of its computed input and output, float32 arrays, to a `Rounding`.
+
+    Raises:
+        ValueError: for a class whose rounding nothing is known of.
+
+    Example:
+
+    >>> class Half(keras.layers.Layer):
+    ...     def call(self, inputs):
+    ...         return inputs / 2
+    >>> _ = layer_rounding.register(Half, lambda layer: relative(0.0))  # exact, but for flushed subnormals
+    """
+    raise ValueError(
+        "Expected a layer whose rounding in float32 is bounded, for a rigorous certificate. Smooth activations depend "
+        "on the mathematical library; GroupSort, MaxMin and ReLU are covered. Tell us a bound with "
+        f"@hkr_keras.rounding.layer_rounding.register({type(layer).__name__}), or leave out rigorous=True. "
+        f"Received: layer={type(layer).__name__} '{getattr(layer, 'name', '')}'"
+    )
+
+
+def relative(factor: float, absolute: float = 0.0) -> Rule:
+    """The rule of a layer that is off by `factor * |x|`, and by `absolute` in each entry of its output."""
+
+    def rule(x, y):
+        return Rounding(factor * norms(x) + (absolute + 8 * (1 + factor) * TINY) * _size(y), factor)
+
+    return rule
+
+
+_k = keras.layers
+_EXACT = (
+    *(_k.InputLayer, _k.Identity, _k.Flatten, _k.Reshape, _k.Permute, _k.RepeatVector, _k.ActivityRegularization),
+    *(_k.Dropout, _k.SpatialDropout1D, _k.SpatialDropout2D, _k.SpatialDropout3D, _k.AlphaDropout),
+    *(_k.GaussianDropout, _k.GaussianNoise),
+    *(_k.ZeroPadding1D, _k.ZeroPadding2D, _k.ZeroPadding3D, _k.Cropping1D, _k.Cropping2D, _k.Cropping3D),
+    *(_k.MaxPooling1D, _k.MaxPooling2D, _k.MaxPooling3D),
+    *(_k.GlobalMaxPooling1D, _k.GlobalMaxPooling2D, _k.GlobalMaxPooling3D),
+    *(_k.UpSampling1D, _k.UpSampling2D, _k.UpSampling3D),
+    *(hkr_layers.MaxMin, hkr_layers.FullSort, hkr_layers.InvertibleDownsampling2D, hkr_layers.InvertibleUpsampling2D),
+)
+for _cls in _EXACT:
+    layer_rounding.register(_cls, lambda layer: relative(0.0))
+
+layer_rounding.register(hkr_layers.GroupSort, lambda layer: relative(4 * UNIT))  # x + relu(x D) S
+layer_rounding.register(hkr_layers.Householder, lambda layer: relative(32 * UNIT))  # sines and cosines of the angle
+layer_rounding.register(hkr_layers.Scale, lambda layer: relative(4 * UNIT * abs(layer.k)))
+for _cls in (_k.ReLU, _k.LeakyReLU, _k.PReLU):
+    layer_rounding.register(_cls, lambda layer: relative(2 * UNIT * bounds.lipschitz_bound(layer)))
+
+#: Activation functions that compare and multiply once at most.
+_COMPARISONS = {getattr(keras.activations, name) for name in ("linear", "relu", "relu6", "leaky_relu")}
+
+
+def _check_activation(layer) -> None:
+    if layer.activation not in _COMPARISONS:
+        name = getattr(layer.activation, "__name__", layer.activation)
+        raise ValueError(
+            "Expected an activation whose rounding in float32 is bounded, for a rigorous certificate: linear, relu, "
+            "relu6 or leaky_relu; others depend on the mathematical library (or are layers, which belong behind this "
+            f"one). Received: {layer.name}.activation={name}"
+        )
+
+
+@layer_rounding.register
+def _(layer: keras.layers.Activation) -> Rule:
+    _check_activation(layer)
+    return relative(2 * UNIT)
+
+
+def _largest(*arrays) -> float:
+    return sum(float(np.abs(np.asarray(array, dtype=np.float64)).max()) for array in arrays)
+
+
+@layer_rounding.register
+def _(layer: keras.layers.Rescaling) -> Rule:
+    return relative(4 * UNIT * _largest(layer.scale), 4 * UNIT * _largest(layer.offset))
+
+
+@layer_rounding.register
+def _(layer: keras.layers.Normalization) -> Rule:
+    bound = bounds.lipschitz_bound(layer)
+    return relative(16 * UNIT * bound, 16 * UNIT * max(bound, 1.0) * _largest(host(layer.mean)))
+
+
+@layer_rounding.register
+def _(layer: keras.layers.BatchNormalization) -> Rule:
+    bound = bounds.lipschitz_bound(layer)
+    shift = bound * _largest(host(layer.moving_mean)) + (_largest(host(layer.beta)) if layer.center else 0.0)
+    return relative(16 * UNIT * bound, 16 * UNIT * shift)
+
+
+@layer_rounding.register
+def _(layer: hkr_layers.BatchCentering) -> Rule:
+    shift = _largest(host(layer.moving_mean)) + (_largest(host(layer.bias)) if layer.center else 0.0)
+    return relative(4 * UNIT, 4 * UNIT * shift)
+
+
+@layer_rounding.register
+def _(layer: hkr_layers.LayerCentering) -> Rule:
+    axes = (layer.axis,) if isinstance(layer.axis, int) else layer.axis
+
+    def rule(x, y):
+        terms = math.prod(x.shape[axis] for axis in axes)
+        shift = _largest(host(layer.bias)) if layer.center else 0.0
+        return relative(accumulated(terms + 8), 4 * UNIT * shift)(x, y)
+
+    return rule
+
+
+def _pooling(layer) -> Rule:
+    """Sums of at most as many terms as a window, or the image, has cells; nothing negative in the operator."""
+
+    def rule(x, y):
+        cells = math.prod(layer.pool_size if hasattr(layer, "pool_size") else bounds.spatial_sizes(layer, x.shape))
+        return relative(accumulated(cells + 8) * bounds.constant_of(layer, [x.shape]))(x, y)
+
+    return rule
+
+
+def _l2_norm_pooling(layer) -> Rule:
+    """As sums, with a root that is no smaller than 1e-12, and squares that may underflow below it."""
+
+    def rule(x, y):
+        cells = math.prod(layer.pool_size if hasattr(layer, "pool_size") else bounds.spatial_sizes(layer, x.shape))
+        return relative(accumulated(cells + 8), 1e-12 * 8 * UNIT + 1e-26 * cells**2)(x, y)
+
+    return rule
+
+
+for _cls in (
+    *(_k.AveragePooling1D, _k.AveragePooling2D, _k.AveragePooling3D),
+    *(_k.GlobalAveragePooling1D, _k.GlobalAveragePooling2D, _k.GlobalAveragePooling3D),
+    *(hkr_layers.ScaledAveragePooling1D, hkr_layers.ScaledAveragePooling2D),
+    *(hkr_layers.ScaledGlobalAveragePooling1D, hkr_layers.ScaledGlobalAveragePooling2D),
+):
+    layer_rounding.register(_cls, _pooling)
+for _cls in (
+    *(hkr_layers.L2NormPooling1D, hkr_layers.L2NormPooling2D),
+    *(hkr_layers.GlobalL2NormPooling1D, hkr_layers.GlobalL2NormPooling2D),
+):
+    layer_rounding.register(_cls, _l2_norm_pooling)
+
+
+@layer_rounding.register
+def _(layer: keras.layers.TimeDistributed) -> Rule:
+    inner = layer_rounding(layer.layer)
+
+    def rule(x, y):
+        steps = inner(x.reshape(-1, *x.shape[2:]), y.reshape(-1, *y.shape[2:]))
+        return Rounding(norms(steps.at_centre.reshape(x.shape[:2])), steps.slope)
+
+    return rule
+
+
+# ---- kernels --------------------------------------------------------------------------------------------
+
+
+def _absolute_twin(layer) -> keras.layers.Layer:
+    """The plain Keras layer with the absolute values of the kernels, and nothing else."""
+    plain: Any = next(cls for cls in type(layer).__mro__ if cls in layer_rounding.registry)
+    config = {name: None for name in layer.get_config() if name.endswith(("_constraint", "_regularizer"))}
+    twin = plain.from_config({**layer.get_config(), **config, "use_bias": False, "activation": None})
+    twin.build(layer.get_build_config()["input_shape"])
+    for name in kernel_geometries(layer):
+        getattr(twin, name).assign(ops.abs(ops.convert_to_tensor(getattr(layer, name))))
+    return twin
+
+
+def _kernel_layer(layer) -> Rule:
+    """Sums of n products and a bias in any order, elementwise; then an activation that only compares.
+
+    Every partial sum of products lies between the sum of the negative and that of the positive ones, so it is at
+    most `(|W|^T |x| + |W^T x|) / 2`, and each of the n additions is off by u times a partial sum.
+    """
+    _check_activation(layer)
+    names = list(kernel_geometries(layer))
+    twin, absolute = _absolute_twin(layer), math.prod(absolute_bound(layer, name) for name in names)
+    outputs_last = not isinstance(layer, (_k.Conv1DTranspose, _k.Conv2DTranspose, _k.Conv3DTranspose))
+    terms = 0
+    for name, geometry in kernel_geometries(layer).items():
+        shape = getattr(layer, name).shape
+        outputs = math.prod(shape[-2:]) if geometry.depthwise else shape[-1 if outputs_last else -2]
+        terms += math.prod(shape) // outputs
+    bias = host(layer.bias) if layer.use_bias else np.zeros(1)
+    gamma = accumulated(terms + len(names) + 1)
+    if len(names) == 1:
+        sums, linear = UNIT + terms * UNIT * (0.5 + gamma), terms * UNIT / 2 * kernel_bound(layer, names[0])
+    else:
+        sums, linear = gamma, 0.0
+    last = 2 * UNIT if layer.activation is keras.activations.leaky_relu else 0.0
+    slope = sums * absolute + linear + last * math.prod(kernel_bound(layer, name) for name in names)
+
+    def rule(x, y):
+        copies = math.sqrt(y[0].size / len(bias)) if layer.use_bias else 0.0
+        absolute_sums = norms(ops.convert_to_numpy(twin(np.abs(x)))) * (1 + 2 * gamma)
+        shift = gamma * float(np.linalg.norm(bias)) * copies
+        underflow = TINY * ((4 * terms + 8) * _size(y) + 2 * absolute * _size(x))
+        at_centre = sums * absolute_sums + linear * norms(x) + shift + last * norms(y) + underflow
+        return Rounding(at_centre, slope)
+
+    return rule
+
+
+for _cls in (
+    *(_k.Dense, _k.Conv1D, _k.Conv2D, _k.Conv3D, _k.Conv1DTranspose, _k.Conv2DTranspose, _k.Conv3DTranspose),
+    *(_k.DepthwiseConv1D, _k.DepthwiseConv2D, _k.SeparableConv1D, _k.SeparableConv2D),
+):
+    layer_rounding.register(_cls, _kernel_layer)
+
+
+# ---- layers with several inputs -------------------------------------------------------------------------
+
+
+@functools.singledispatch
+def merge_rounding(layer) -> Rule:
+    """The rounding of a layer with several inputs: as `layer_rounding`, of a list of inputs, with a slope for each.
+
+    Raises:
+        ValueError: for a class whose rounding nothing is known of.
+    """
+    raise ValueError(
+        "Expected a merging layer whose rounding in float32 is bounded, or one registered with "
+        f"@hkr_keras.rounding.merge_rounding.register. Received: layer={type(layer).__name__} '{layer.name}'"
+    )
+
+
+def _weighted(weights: Callable[[Any, int], tuple[np.ndarray, float]]) -> Callable[[Any], Rule]:
+    def of(layer) -> Rule:
+        def rule(xs, y):
+            shares, factor = weights(layer, len(xs))
+            at_centre = factor * sum(share * norms(x) for share, x in zip(shares, xs, strict=True))
+            return Rounding(at_centre + 8 * TINY * len(xs) * _size(y), tuple(factor * share for share in shares))
+
+        return rule
+
+    return of
+
+
+def _mixing(layer, count):
+    logits = host(layer.mixing_logits)
+    weights = np.exp(logits - logits.max())
+    return weights / weights.sum(), accumulated(count + 32 + 2 * math.ceil(np.ptp(logits)))
+
+
+for _cls in (_k.Add, _k.Subtract):
+    merge_rounding.register(_cls, _weighted(lambda layer, count: (np.ones(count), accumulated(count))))
+merge_rounding.register(_k.Average, _weighted(lambda layer, count: (np.full(count, 1 / count), accumulated(count + 4))))
+merge_rounding.register(hkr_layers.LipschitzResidual, _weighted(_mixing))
+for _cls in (_k.Concatenate, _k.Maximum, _k.Minimum):
+    merge_rounding.register(_cls, _weighted(lambda layer, count: (np.ones(count), 0.0)))
+
+
+# ---- models ---------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Trace:
+    """What is known of one tensor for all points within a distance epsilon of each input of a batch.
+
+    Args:
+        value: computed at the inputs, `(n, ...)`.
+        flow: in exact arithmetic.
+        error: bound on the distance between the computed and the exact tensor, anywhere in the ball.
+        before: of the tensor from which the flow's head starts; `None` without a head.
+        since: what has been added to the error since that tensor, when it is left out; `None` without a head.
+    """
+
+    value: np.ndarray
+    flow: Flow
+    error: Affine
+    before: Affine | None = None
+    since: Affine | None = None
+
+    def spread(self) -> Affine:
+        """Bound on the distance between the computed tensor anywhere in the ball and at its centre."""
+        return Affine(2 * self.error.constant, self.flow.constant + self.error.slope)
+
+
+class Tracer:
+    """Follows the rounding of one model, batch after batch; what depends on the weights alone is computed once."""
+
+    def __init__(self, model):
+        self.model = model
+        self.shapes = [tensor.shape for tensor in bounds.model_inputs(model)]
+        self._known: list[tuple] = []
+
+    def __call__(self, arrays: list[np.ndarray]) -> tuple[Trace, Affine]:
+        """The trace of the one output of the model, and a bound on the largest number that can occur on the way."""
+        zero, largest, position = Affine(np.zeros(len(arrays[0])), 0.0), Affine(np.zeros(len(arrays[0])), 0.0), 0
+
+        def apply(layer, traces, shapes):
+            nonlocal largest, position
+            if position == len(self._known):
+                flow = bounds.flow_through(layer, [trace.flow for trace in traces], shapes)
+                rule = layer_rounding(layer) if len(traces) == 1 else merge_rounding(layer)
+                bound = bounds.constant_of(layer, [trace.value.shape for trace in traces])
+                self._known.append((flow, rule, bound))
+            known, position = self._known[position], position + 1
+            output, added = _output(layer, traces, *known)
+            reached = Affine(norms(output.value), 0.0) + output.spread()
+            largest = largest.larger(reached).larger(added.times(1 / UNIT))  # partial sums are below what they may lose
+            return output
+
+        with np.errstate(over="ignore", invalid="ignore"):
+            traces = [Trace(array, Flow(row), zero) for array, row in zip(arrays, np.eye(len(arrays)), strict=True)]
+            for trace in traces:
+                largest = largest.larger(Affine(norms(trace.value), 1.0))
+            (output,) = bounds.walk(self.model, traces, apply, self.shapes)
+        return output, largest
+
+
+def _output(layer, traces: list[Trace], flow: Flow, rule: Rule, bound: float) -> tuple[Trace, Affine]:
+    """The trace of the output of a layer, and what the layer itself adds to the error."""
+    values = [trace.value for trace in traces]
+    arguments = values if len(values) > 1 else values[0]
+    value = np.asarray(ops.convert_to_numpy(layer(arguments)))
+    rounding = rule(arguments, value)
+    slopes = rounding.slope if isinstance(rounding.slope, tuple) else (rounding.slope,)
+    added = Affine(rounding.at_centre, 0.0)
+    for slope, trace in zip(slopes, traces, strict=True):
+        added = added + trace.spread().times(slope)
+    if len(traces) > 1:
+        errors = [trace.error for trace in traces]
+        constant, grows = (
+            bounds.merge_bound(layer, np.stack([np.broadcast_to(part, len(value)) for part in parts]))
+            for parts in ([error.constant for error in errors], [error.slope for error in errors])
+        )
+        return Trace(value, flow, Affine(constant, grows) + added), added
+    trace = traces[0]
+    error = trace.error.times(bound) + added
+    if flow.head is None:
+        return Trace(value, flow, error), added
+    if trace.before is None or trace.since is None:
+        return Trace(value, flow, error, before=trace.error, since=added), added
+    return Trace(value, flow, error, before=trace.before, since=trace.since.times(bound) + added), added
