@@ -7,7 +7,6 @@ with `@hkr_keras.bounds.layer_bound.register(MyLayer)`, exactly as this module d
 
 import dataclasses
 import functools
-import inspect
 import math
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -16,6 +15,18 @@ import keras
 import numpy as np
 
 from hkr_keras import layers as hkr_layers
+from hkr_keras.checks import (
+    build_shape,
+    check_arguments,
+    check_built,
+    check_is_itself,
+    check_is_plain_model,
+    check_kernel_layer,
+    check_merge,
+    check_numbers,
+    check_shape,
+    check_sizes,
+)
 from hkr_keras.geometry import kernel_geometries, overlap
 from hkr_keras.spectra import (
     EPSILON,
@@ -76,6 +87,11 @@ def activation_bound(activation) -> float:
     if activation is None:
         return 1.0
     if isinstance(activation, keras.layers.Layer):
+        if activation.weights or isinstance(activation, (keras.layers.Rescaling, keras.layers.Normalization)):
+            raise ValueError(  # they may be larger than what they are applied to
+                "Expected an activation without numbers of its own: put the layer behind the other one. "
+                f"Received: activation={type(activation).__name__} '{activation.name}'"
+            )
         return lipschitz_bound(activation)
     try:
         return ACTIVATION_BOUNDS[activation]
@@ -189,8 +205,6 @@ _register(
     hkr_layers.GlobalL2NormPooling2D,
     hkr_layers.InvertibleDownsampling2D,
     hkr_layers.InvertibleUpsampling2D,
-    hkr_layers.LayerCentering,
-    hkr_layers.BatchCentering,
 )
 _register(_factor, hkr_layers.Scale)
 
@@ -201,6 +215,7 @@ def _kernel_layer(layer) -> float:
             "Expected floating point kernels, since the stored weights of a quantized layer are not the ones it "
             f"computes with. Received: {layer.name}.quantization_mode={layer.quantization_mode}"
         )
+    check_kernel_layer(layer)
     names = list(kernel_geometries(layer))
     bound = kernel_bound(layer, names[0]) if len(names) == 1 else separable_bound(layer, *names)
     return bound * activation_bound(layer.activation)
@@ -222,14 +237,13 @@ _register(
 )
 
 _register(lambda layer: activation_bound(layer.activation), _k.Activation)
-_register(lambda layer: 1.0, _k.Softmax)
 _register(lambda layer: max(1.0, abs(layer.negative_slope)), _k.LeakyReLU)
 _register(lambda layer: max(1.0, abs(layer.alpha)), _k.ELU)
 
 
 @layer_bound.register
 def _(layer: keras.layers.PReLU) -> float:
-    _check_built(layer)
+    check_built(layer)
     return max(1.0, float(np.abs(host(layer.alpha)).max()))
 
 
@@ -286,9 +300,17 @@ def _global_average(layer, shape=None) -> float:
     return 1.0 if None in cells else 1.0 / math.sqrt(math.prod(cells))
 
 
+def _softmax(layer, shape=None) -> float:
+    axes = (layer.axis,) if isinstance(layer.axis, int) else tuple(layer.axis)
+    if any(axis == 0 or (axis < -1 and (shape is None or axis + len(shape) == 0)) for axis in axes):
+        raise ValueError(f"Expected inputs to stay apart in the batch. Received: {layer.name}.axis={layer.axis}")
+    return 1.0
+
+
+_register(_softmax, _k.Softmax)
 _register(_average_pooling, _k.AveragePooling1D, _k.AveragePooling2D, _k.AveragePooling3D)
 _register(_global_average, _k.GlobalAveragePooling1D, _k.GlobalAveragePooling2D, _k.GlobalAveragePooling3D)
-_SIZED = {_average_pooling, _global_average}  # rules that take the shape of the input too, when it is known
+_SIZED = {_average_pooling, _global_average, _softmax}  # rules that take the shape of the input too, when it is known
 
 
 def _upsampling(layer) -> float:
@@ -304,31 +326,30 @@ _register(lambda layer: math.sqrt(layer.n), _k.RepeatVector)
 _register(lambda layer: lipschitz_bound(layer.layer), _k.TimeDistributed)
 
 
-def _check_sizes(layer, arrays) -> None:
-    """Refuses numbers of other sizes than the input of the layer: broadcasting it would enlarge its norm."""
-    input_shape = (layer.get_build_config() or {}).get("input_shape") or ()
-    for numbers in arrays:
-        sizes = np.shape(numbers)
-        known = (*(None for _ in sizes), *input_shape)[-len(sizes) :] if sizes else ()
-        shared = len(layer._inbound_nodes) > 1 and math.prod(sizes) > 1  # perhaps with inputs of other shapes
-        if shared or any(size not in (1, n) for size, n in zip(sizes, known, strict=True)):
-            raise ValueError(
-                f"Expected the numbers of {type(layer).__name__} '{layer.name}' to have the sizes of its input, "
-                f"since broadcasting enlarges norms. Received: shape={sizes}, input_shape={input_shape or None}"
-            )
+@layer_bound.register(hkr_layers.BatchCentering)
+@layer_bound.register(hkr_layers.LayerCentering)
+def _(layer) -> float:
+    """A translation, or a projection and a translation, by numbers that are no larger than the input."""
+    built = build_shape(layer)
+    if built is not None and isinstance(layer, hkr_layers.BatchCentering):
+        check_numbers(layer, [layer.moving_mean, *([layer.bias] if layer.center else [])], (built[layer.axis],))
+    elif built is not None and layer.center:
+        axes = {axis % len(built) for axis in ((layer.axis,) if isinstance(layer.axis, int) else layer.axis)}
+        check_numbers(layer, [layer.bias], tuple(n if i in axes else 1 for i, n in enumerate(built))[1:])
+    return 1.0
 
 
 @layer_bound.register
 def _(layer: keras.layers.Rescaling) -> float:
-    _check_sizes(layer, (layer.scale, layer.offset))
+    check_sizes(layer, (layer.scale, layer.offset))
     return float(np.abs(np.asarray(layer.scale, dtype=np.float64)).max())
 
 
 @layer_bound.register
 def _(layer: keras.layers.Normalization) -> float:
-    _check_built(layer)
+    check_built(layer)
     mean, variance = host(layer.mean), host(layer.variance)
-    _check_sizes(layer, (mean, variance))
+    check_sizes(layer, (mean, variance))
     deviation = np.maximum(np.sqrt(variance), keras.config.epsilon() * (1 - 2**-23))
     return float((deviation if layer.invert else 1 / deviation).max()) * (1 + 4 * EPSILON)
 
@@ -437,39 +458,6 @@ class Flow:
         return _length(self.constants)
 
 
-#: What a subclass may override: construction and configuration. Bounds are read from the stored weights.
-_HARMLESS = {
-    *("build", "add_weight", "get_config", "from_config", "compute_output_shape", "compute_output_spec"),
-    *("enable_lora", "quantize", "loss"),
-}
-_ACCESS = {"__call__", "__getattribute__", "__getattr__"}
-
-
-def _overridden(layer, known: type) -> set[str]:
-    """Names of methods and properties of a known class that a layer of a subclass resolves to something else."""
-    defined = {name for cls in type(layer).__mro__ if cls not in known.__mro__ for name in vars(cls)}
-    changed = {
-        name
-        for name in defined - _HARMLESS
-        if name in _ACCESS or (not name.startswith("__") and hasattr(known, name))
-        if inspect.getattr_static(type(layer), name) is not inspect.getattr_static(known, name, None)
-    }
-    replaced = {name for name, value in vars(layer).items() if callable(value) and hasattr(known, name)}
-    return changed | (replaced - _HARMLESS)
-
-
-def _check_not_overridden(layer, registry) -> None:
-    """Refuses a subclass that changes what a registered class computes: its bound would be somebody else's."""
-    known = next((cls for cls in type(layer).__mro__ if cls in registry), object)
-    changed = _overridden(layer, known) if known is not object else set()
-    if changed:
-        raise ValueError(
-            f"Expected a subclass of {known.__name__} that computes the same function; a bound for it must be "
-            f"registered with @hkr_keras.bounds.layer_bound.register({type(layer).__name__}). "
-            f"Received: {type(layer).__name__} '{layer.name}', which overrides {', '.join(sorted(changed))}"
-        )
-
-
 State = TypeVar("State")
 #: Takes a layer, what is known of its inputs, and their shapes (`None` when unknown); tells the same of its output.
 Apply = Callable[[Any, list[State], list], State]
@@ -487,24 +475,18 @@ def walk(layer, states: list[State], apply: Apply, shapes: list | None = None) -
     shapes = shapes or [None] * len(states)
     is_model = isinstance(layer, keras.Model) and type(layer) not in layer_bound.registry
     if is_model and isinstance(layer, keras.Sequential):
-        _check_is_plain_model(layer, keras.Sequential)
+        check_is_plain_model(layer, keras.Sequential)
+        if layer._functional is not None:  # what runs, whatever has become of the list of layers
+            return _walk_graph(layer._functional, states, apply)
         for inner in layer.layers:
-            states = walk(inner, states, apply, shapes)
-            shapes = [_output_shape(inner, shape) for shape in shapes]
+            states = walk(inner, states, apply)
         return states
     if is_model:
         return _walk_graph(layer, states, apply)
     if len(states) > 1:
-        _check_not_overridden(layer, merge_bound.registry)
-        _check_no_broadcasting(layer, shapes)
+        check_is_itself(layer, merge_bound.registry)
+        check_merge(layer, shapes)
     return [apply(layer, states, shapes)]
-
-
-def _output_shape(layer, shape):
-    try:
-        return None if shape is None else layer.compute_output_shape(shape)
-    except NotImplementedError:  # a layer of the user's, which Keras would trace
-        return None
 
 
 def flow_through(layer, flows: list[Flow], shapes: list) -> Flow:
@@ -551,56 +533,11 @@ def _behind(head: Head | None, kernel: np.ndarray, constants: np.ndarray) -> Hea
     return Head(head.matrix @ kernel, head.constants, rounding * (1 + 8 * EPSILON) + tiny)
 
 
-def _check_no_broadcasting(layer, shapes: list) -> None:
-    if any(shape is None for shape in shapes):
-        raise ValueError(f"Expected inputs of known shapes. Received: layer={type(layer).__name__} '{layer.name}'")
-    if isinstance(layer, keras.layers.Concatenate):
-        if layer.axis % len(shapes[0]) == 0:
-            raise ValueError(f"Expected inputs to stay apart in the batch. Received: {layer.name}.axis={layer.axis}")
-        return
-    inner = {tuple(shape[1:]) for shape in shapes}
-    if len(inner) != 1 or None in next(iter(inner)):
-        raise ValueError(
-            f"Expected the inputs of {type(layer).__name__} '{layer.name}' to have equal and known shapes, since "
-            f"broadcasting enlarges norms. Received: shapes={shapes}"
-        )
-
-
-_GRAPH = {"call", "layers", "inputs", "outputs", "operations", "_nodes_by_depth", "_run_through_graph", *_ACCESS}
-
-
-def _check_is_plain_model(model, cls: type | None) -> None:
-    """Refuses a model whose forward pass is its own: its layers do not tell what it computes."""
-    if cls is None or _overridden(model, cls) & _GRAPH:
-        raise ValueError(
-            "Expected a Sequential or functional model, whose graph can be read, or one whose class is registered "
-            f"with @hkr_keras.bounds.layer_bound.register({type(model).__name__}). "
-            f"Received: model={type(model).__name__} '{model.name}' with a forward pass of its own"
-        )
-
-
-def _check_arguments(node, model) -> None:
-    """Refuses whatever a layer was called with beside its inputs: masks, constants, the training mode."""
-    flat = keras.tree.flatten((node.arguments.args, node.arguments.kwargs))
-    other = [value for value in flat if not (isinstance(value, keras.KerasTensor) or value is None or value is False)]
-    if other:
-        raise ValueError(
-            "Expected every layer to be called with tensors of the model alone, in inference mode. "
-            f"Received: {node.operation.name}(...) with {other[0]!r} in model '{model.name}'"
-        )
-    several = isinstance(node.operation, keras.Model) and len(node.input_tensors) > 1
-    if several and any(isinstance(x, dict) for x in (*node.arguments.args[:1], node.operation.input)):
-        raise ValueError(
-            "Expected a nested model with several inputs to take them as a list, in order. "
-            f"Received: a dictionary of inputs of '{node.operation.name}' in model '{model.name}'"
-        )
-
-
 def _walk_graph(model, states: list[State], apply: Apply) -> list[State]:
     classes = (
         cls for cls in type(model).__mro__ if cls.__name__ == "Functional" and cls.__module__.startswith("keras.")
     )
-    _check_is_plain_model(model, next(classes, None))
+    check_is_plain_model(model, next(classes, None))
     known = {id(tensor): state for tensor, state in zip(model.inputs, states, strict=True)}
     for depth in sorted(model._nodes_by_depth, reverse=True):
         for node in model._nodes_by_depth[depth]:
@@ -612,18 +549,10 @@ def _walk_graph(model, states: list[State], apply: Apply) -> list[State]:
                     "Expected a model made of layers: use keras.layers.Add() and the like in place of operators "
                     f"and keras.ops. Received: operation={type(layer).__name__} '{layer.name}'"
                 )
-            _check_arguments(node, model)
+            check_arguments(node, model)
             outputs = walk(layer, [known[id(t)] for t in tensors], apply, [t.shape for t in tensors])
             known.update((id(tensor), state) for tensor, state in zip(node.outputs, outputs, strict=True))
     return [known[id(tensor)] for tensor in model.outputs]
-
-
-def _check_built(model) -> None:
-    if not model.built:
-        raise ValueError(
-            "Expected a built model: give it an Input, or call it once. "
-            f"Received: {type(model).__name__} '{model.name}', built=False"
-        )
 
 
 def model_inputs(model) -> list:
@@ -632,7 +561,7 @@ def model_inputs(model) -> list:
     Raises:
         ValueError: for a model that is not built, or takes integers.
     """
-    _check_built(model)
+    check_built(model)
     inputs = list((getattr(model, "inputs", None) or [None]) if isinstance(model, keras.Model) else [None])
     for tensor in inputs:
         if tensor is not None and "float" not in tensor.dtype:
@@ -694,9 +623,10 @@ def _bound(layer, shape=None) -> float:
     """The bound of a layer, for inputs of that shape when it is known."""
     if isinstance(layer, keras.Model) and type(layer) not in layer_bound.registry:
         return lipschitz_bound(layer)
-    _check_not_overridden(layer, layer_bound.registry)
+    check_is_itself(layer, layer_bound.registry)
     if kernel_geometries(layer):
-        _check_built(layer)
+        check_built(layer)
+    check_shape(layer, shape)
     for variable in getattr(layer, "weights", ()):
         host(variable)
     rule = layer_bound.dispatch(type(layer))

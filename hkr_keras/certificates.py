@@ -439,10 +439,10 @@ def certify_outputs(
     _check_epsilon(epsilon)
     found = evaluate(model, x, batch_size, verbose, rigorous)
     change, rounding = found.of_outputs()
-    width = epsilon * change
+    farthest = epsilon + found.moved[:, None]
+    width = farthest * change
     if rounding is not None:
-        farthest = epsilon + found.moved[:, None]
-        width = farthest * change + rounding.constant + rounding(farthest)
+        width = width + rounding.constant + rounding(farthest)
         width = np.where(found.reach()[:, None] > farthest, width, math.inf)
     sizes = len(found.outputs), math.prod(found.outputs.shape[1:])
     width = np.broadcast_to(width / ROUNDED_DOWN, sizes).reshape(found.outputs.shape)

@@ -68,7 +68,7 @@ class Evaluation:
         one_sided: whether the output cannot change its sign.
         identity: of model and inputs, for the certificate.
         error, before, since, largest: of `rounding.Trace`; `None` when not rigorous.
-        moved: `(n,)`, how far the inputs moved when they were rounded to float32; 0 when not rigorous.
+        moved: `(n,)`, how far the inputs moved when they were rounded to float32.
     """
 
     outputs: np.ndarray
@@ -124,8 +124,7 @@ class Evaluation:
             constant, slope = (np.broadcast_to(a, (n, a.shape[1]))[chosen] for a in (rounding.constant, rounding.slope))
             margin, change = margin - 2 * constant / ROUNDED_DOWN, change + slope
         radii = np.where(margin > 0, margin / change * ROUNDED_DOWN, 0.0)
-        if rounding is not None:
-            radii = np.minimum(radii, self.reach()[chosen][:, None]) - self.moved[chosen][:, None]
+        radii = np.minimum(radii, self.reach()[chosen][:, None]) - self.moved[chosen][:, None]
         return np.where(radii > 0, radii, 0.0)  # NaN included
 
     @np.errstate(invalid="ignore", over="ignore")
@@ -154,10 +153,11 @@ def evaluate(model, x, batch_size: int, verbose, rigorous: bool) -> Evaluation:
     flows = bounds.model_flows(model, apply)
     if len(flows) != 1:
         raise ValueError(f"Expected a model with one output. Received: {len(flows)} outputs")
-    error, before, since, largest, moved = None, None, None, None, np.zeros(len(arrays[0]))
+    error, before, since, largest = None, None, None, None
+    moved = _moved(model, arrays, rigorous)
     if rigorous:
         _check_precision(model)
-        arrays, moved = _in_float32(model, x)
+        arrays = _in_float32(model, x)
         x = arrays if len(arrays) > 1 else arrays[0]
     model.make_predict_function(force=True)  # an old one may hold layers or numbers that have changed since
     outputs = np.asarray(model.predict(x, batch_size=batch_size, verbose=verbose), dtype=np.float64)
@@ -187,8 +187,25 @@ def _check_inputs(x) -> list[np.ndarray]:
     return arrays
 
 
-def _in_float32(model, x) -> tuple[list[np.ndarray], np.ndarray]:
-    """The inputs as float32, in the order and of the ranks of the model's, and how far each has moved."""
+def _moved(model, arrays, rigorous: bool) -> np.ndarray:
+    """How far each input moves, `(n,)`, when it is rounded to what the model takes."""
+    double = not rigorous and all(tensor is not None and tensor.dtype == "float64" for tensor in model.inputs or [None])
+    if double:
+        return np.zeros(len(arrays[0]))
+    squares = np.zeros(len(arrays[0]))
+    for array in arrays:
+        with np.errstate(over="ignore"):
+            single = array.astype(np.float32)
+        if not np.isfinite(single).all():
+            raise ValueError("Expected inputs within the range of float32. Received: x that overflows")
+        # In extended precision where there is one: a large integer is not a float64 either.
+        difference = array.astype(np.longdouble) - single
+        squares += np.square(norms(difference))
+    return np.sqrt(squares) / ROUNDED_DOWN
+
+
+def _in_float32(model, x) -> list[np.ndarray]:
+    """The inputs as float32, in the order and of the ranks of the model's."""
     if isinstance(x, dict):
         names = [tensor.name for tensor in model.inputs]
         if set(names) != set(x):
@@ -198,19 +215,15 @@ def _in_float32(model, x) -> tuple[list[np.ndarray], np.ndarray]:
         arrays = [np.asarray(array) for array in keras.tree.flatten(x)]
     if len(arrays) != len(model.inputs):
         raise ValueError(f"Expected {len(model.inputs)} inputs. Received: {len(arrays)} arrays")
-    rounded, squares = [], np.zeros(len(arrays[0]))
+    rounded = []
     for array, tensor in zip(arrays, model.inputs, strict=True):
-        with np.errstate(over="ignore"):
-            single = array.astype(np.float32)
-        if not np.isfinite(single).all():
-            raise ValueError("Expected inputs within the range of float32. Received: x that overflows")
-        squares += np.square(norms(array.astype(np.float64) - single))
+        single = array.astype(np.float32)
         if single.ndim == len(tensor.shape) - 1:  # as Keras does, images without a channel axis get one
             single = single[..., None]
         elif single.ndim == len(tensor.shape) + 1 and single.shape[-1] == 1:
             single = single[..., 0]
         rounded.append(single)
-    return rounded, np.sqrt(squares) / ROUNDED_DOWN
+    return rounded
 
 
 @np.errstate(over="ignore", invalid="ignore", under="ignore")

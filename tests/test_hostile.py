@@ -106,6 +106,77 @@ def mask_of_fives():
     return keras.Model(x, hkr.layers.ScaledGlobalAveragePooling1D()(x, mask=np.full((1, 4), 5.0)))
 
 
+def shared(layer, size):
+    """A layer made for `size` features, and then applied to a single one, which it would be broadcast over."""
+    layer(keras.Input((size,)))
+    x = keras.Input((1,))
+    return keras.Model(x, layer(x))
+
+
+def shared_along_time():
+    layer = K.PReLU()
+    layer(keras.Input((16, 3)))
+    x = keras.Input((1, 3))
+    return keras.Model(x, layer(x))
+
+
+def nested_by_keyword():
+    a, b = keras.Input((1,), name="a"), keras.Input((1,), name="b")
+    inner = keras.Model([b, a], K.Add()([hkr.layers.Scale(100.0)(b), a]))
+    x = keras.Input((1,))
+    return keras.Model(x, inner(inputs={"a": hkr.layers.Scale(0.01)(x), "b": x}))
+
+
+def activation_with_numbers():
+    activation = K.Rescaling(np.ones(4))
+    activation.build((None, 4))
+    return keras.Sequential([keras.Input((4,)), K.Dense(1, kernel_initializer="ones", activation=activation)])
+
+
+class Liar(K.Dense):
+    def compute_output_shape(self, input_shape):
+        return (*input_shape[:-1], 16)
+
+
+def lied_about_shape():
+    x = keras.Input((16,))
+    return keras.Model(x, K.Add()([Liar(1, kernel_initializer="ones")(x), x]))
+
+
+class WideBias(K.Dense):
+    def build(self, input_shape):
+        super().build(input_shape)
+        self.bias = np.ones(4, "float32")
+
+
+class Tenfold(keras.DTypePolicy):
+    def convert_input(self, x, autocast, dtype):
+        return 10 * super().convert_input(x, autocast, dtype)
+
+
+class TenfoldInputs(keras.Model):
+    def _standardize_inputs(self, inputs):
+        return [10 * x for x in super()._standardize_inputs(inputs)]
+
+
+def functional_of_ones_own():
+    x = keras.Input((2,))
+    return TenfoldInputs(x, identity()(x))
+
+
+def edited(layer, shape, **attributes):
+    model = keras.Sequential([keras.Input(shape), layer])
+    for name, value in attributes.items():
+        setattr(layer, name, value)
+    return model
+
+
+def hooked():
+    model = keras.Sequential([keras.Input((2,)), identity()])
+    model.layers[0]._forward_hooks = {0: lambda *arguments: None}  # as register_forward_hook of PyTorch
+    return model
+
+
 def negative_variance():
     model = keras.Sequential([keras.Input((2,)), K.BatchNormalization()])
     model.layers[0].moving_variance.assign([-1.0, 1.0])
@@ -122,6 +193,28 @@ REFUSED = {
     "variance": (negative_variance, "finite Lipschitz bound"),
     "mixed in": (lambda: keras.Sequential([keras.Input((2,)), MixedIn(2)]), "overrides __call__"),
     "model": (lambda: TenfoldModel([keras.Input((2,)), identity()]), "a forward pass of its own"),
+    "shared centring": (lambda: shared(hkr.layers.BatchCentering(), 4), "incompatible"),
+    "shared PReLU": (lambda: shared(K.PReLU(), 4), "of the shape it was built for"),
+    "shared PReLU along time": (shared_along_time, "of the shape it was built for"),
+    "nested by keyword": (nested_by_keyword, "dictionary of inputs"),
+    "activation": (activation_with_numbers, "without numbers of its own"),
+    "shape": (lied_about_shape, "overrides compute_output_shape"),
+    "bias": (lambda: keras.Sequential([keras.Input((3,)), WideBias(1)]), r"to have shape \(1,\)"),
+    "policy": (lambda: edited(identity(dtype=Tenfold("float32")), (2,)), "dtype policy of Keras"),
+    "inputs": (functional_of_ones_own, "a forward pass of its own"),
+    "hook": (hooked, "without forward hooks"),
+    "edited bias": (lambda: edited(K.Dense(1), (3,), bias=np.zeros(4, "float32")), r"to have shape \(1,\)"),
+    "edited mean": (
+        lambda: edited(hkr.layers.BatchCentering(), (1,), moving_mean=np.zeros(4, "float32")),
+        r"to have shape \(1,\)",
+    ),
+    "edited groups": (lambda: edited(K.Conv1D(4, 1), (3, 4), groups=4), "as many groups"),
+    "integer layer": (lambda: keras.Sequential([keras.Input((3,)), K.Flatten(dtype="int32")]), "in floating point"),
+    "softmax over the batch": (lambda: keras.Sequential([keras.Input((3,)), K.Softmax(axis=0)]), "apart in the batch"),
+    "softmax over the batch, from behind": (
+        lambda: keras.Sequential([keras.Input((3,)), K.Softmax(axis=-2)]),
+        "apart in the batch",
+    ),
     "integers": (lambda: keras.Sequential([keras.Input((1,), dtype="int32"), K.Dense(1)]), "floating point type"),
 }
 
@@ -198,3 +291,22 @@ def test_scale_of_integers_is_not_rounded():
 def test_a_mask_counts_as_boolean():
     layer, x = hkr.layers.ScaledGlobalAveragePooling1D(), np.ones((1, 4, 1), "float32")
     assert float(layer(x, mask=np.full((1, 4), 5.0))[0, 0]) == pytest.approx(2.0)
+
+
+def test_a_layer_taken_from_the_list_still_counts():
+    model = keras.Sequential([keras.Input((2,)), identity(), hkr.layers.Scale(10.0)])
+    model._layers.pop()
+    assert to_numpy(model(X)).tolist() == [[10.0, 0.0]]
+    assert hkr.lipschitz_bound(model) == pytest.approx(10.0)
+
+
+@pytest.mark.parametrize("rigorous", [False, True])
+@pytest.mark.parametrize("x", [np.array([[1e8 + 4.5]]), np.array([[100_000_004]])])
+def test_an_input_that_is_rounded_loses_radius(x, rigorous):
+    """Rounded to float32, which has steps of 8 there, this input is at 1e8 or 1e8 + 8."""
+    model = keras.Sequential([keras.Input((1,)), K.Dense(1, kernel_initializer="ones")])
+    model.layers[0].bias.assign([-1e8])
+    radius = hkr.certify(model, x, verbose=0, rigorous=rigorous).radius[0]
+    assert radius <= abs(float(x[0, 0]) - 1e8)
+    exact = keras.Sequential([keras.Input((1,)), hkr.layers.Scale(1.0)])
+    assert hkr.certify(exact, np.array([[2.0**24 + 1]]), verbose=0).radius[0] == pytest.approx(2.0**24 - 1, rel=1e-8)

@@ -266,7 +266,7 @@ def test_inputs_by_name():
     by_name = certify(model, x)
     np.testing.assert_allclose(by_name.radius, certify(model, [x["b"], x["a"]]).radius)
     with pytest.raises(ValueError, match="Expected the inputs"):
-        hkr.evaluation._in_float32(model, {"c": x["a"], "b": x["b"]})
+        certify(model, {"c": x["a"], "b": x["b"]})
 
 
 def softened():

@@ -1,0 +1,113 @@
+"""What a proven Lipschitz bound costs: seconds and peak memory by network, each in a process of its own.
+
+KERAS_BACKEND=tensorflow python benchmarks/bound_cost.py
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import keras
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+import hkr_keras as hkr
+
+K = keras.layers
+
+
+def mlp():
+    """784-512-512-512-10."""
+    return hkr.models.lipschitz_mlp((28, 28, 1), 10, widths=(512, 512, 512))
+
+
+def cnn():
+    """16, 16, pool, 32, 32, pool, 64, 10 on 28 x 28."""
+    return hkr.models.lipschitz_cnn((28, 28, 1), 10)
+
+
+def lenet():
+    """Plain Keras: 5x5 convolutions of 32 and 64 filters, 1024, 10, on 28 x 28."""
+    return keras.Sequential(
+        [
+            *(keras.Input((28, 28, 1)), K.Conv2D(32, 5, padding="same", activation="relu"), K.MaxPooling2D(2)),
+            *(K.Conv2D(64, 5, padding="same", activation="relu"), K.MaxPooling2D(2), K.Flatten()),
+            *(K.Dense(1024, activation="relu"), K.Dense(10)),
+        ]
+    )
+
+
+def vgg_like():
+    """Plain Keras: 3x3 convolutions of 64 to 512 filters on 32 x 32."""
+    layers = [keras.Input((32, 32, 3))]
+    for filters in (64, 128, 256, 256, 512, 512):
+        layers += [K.Conv2D(filters, 3, padding="same", activation="relu")]
+        layers += [K.MaxPooling2D(2)] if filters != 256 else []
+    return keras.Sequential([*layers, K.GlobalMaxPooling2D(), K.Dense(10)])
+
+
+def resnet50():
+    """keras.applications.ResNet50 with random weights, 224 x 224."""
+    return keras.applications.ResNet50(weights=None, classifier_activation=None)
+
+
+NETWORKS = {function.__name__: function for function in (mlp, cnn, lenet, vgg_like, resnet50)}
+
+
+def measure(name: str, rounds: int) -> dict:
+    """Bound, seconds (the least of some rounds, nothing remembered between them) and peak memory of this process."""
+    keras.utils.set_random_seed(0)
+    model = NETWORKS[name]()
+    hkr.lipschitz_bound(keras.Sequential([keras.Input((4,)), K.Dense(2)]))  # imports and first calls
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    seconds = np.inf
+    for _ in range(rounds):
+        hkr.spectra._RESULTS.clear()
+        start = time.perf_counter()
+        bound = hkr.lipschitz_bound(model)
+        seconds = min(seconds, time.perf_counter() - start)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {
+        "network": name,
+        "parameters": model.count_params(),
+        "bound": bound,
+        "seconds": seconds,
+        "peak_gb": peak / 2**20,
+        "more_gb": (peak - before) / 2**20,
+    }
+
+
+def main() -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--child", choices=NETWORKS, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        print(json.dumps(measure(arguments.child, arguments.rounds)))
+        return
+    table = Table(
+        title=f"lipschitz_bound, {os.cpu_count()} x {platform.machine()} CPU cores; Keras {keras.__version__}, "
+        f"NumPy {np.__version__}, {keras.backend.backend()}, Python {platform.python_version()}"
+    )
+    for column in ("network", "parameters", "bound", "seconds", "peak memory, GB", "of these for the bound, GB"):
+        table.add_column(column, justify="left" if column == "network" else "right")
+    for name in arguments.only:
+        command = [sys.executable, __file__, "--child", name, "--rounds", str(arguments.rounds)]
+        row = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+        numbers = (f"{row['bound']:.4g}", f"{row['seconds']:.2f}", f"{row['peak_gb']:.2f}", f"{row['more_gb']:.2f}")
+        table.add_row(name, f"{row['parameters']:,}", *numbers)
+    Console(width=110).print(table)
+
+
+if __name__ == "__main__":
+    main()
