@@ -219,12 +219,12 @@ def _largest_eigenvalue(grams: np.ndarray, found: float) -> float:
 
 
 def _grid(window, order: int) -> list[int]:
-    """Frequencies per dimension: enough for a slack of 0.3 %, fewer where that would take long."""
+    """Frequencies per dimension: enough for a slack of 0.1 % (small matrices) or 0.3 %, fewer if that takes long."""
     active = sum(k > 1 for k in window)
     terms = math.prod(2 * k - 1 for k in window)
     affordable = 2 * _BUDGET / (2 * order**3 + 4 * terms * order**2)
     finest = max(2.0, affordable ** (1 / active))
-    wanted = math.pi / 2 * math.sqrt(active / 0.006)
+    wanted = math.pi / 2 * math.sqrt(active / (0.002 if order <= _SMALL else 0.006))
     return [1 if k == 1 else max(4 * (k - 1), math.ceil(min(wanted * (k - 1), finest))) for k in window]
 
 
