@@ -111,11 +111,15 @@ def layer_rounding(layer) -> Rule:
     )
 
 
-def relative(factor: float, absolute: float = 0.0) -> Rule:
-    """The rule of a layer that is off by `factor * |x|`, and by `absolute` in each entry of its output."""
+def relative(factor: float, absolute: float = 0.0, gain: float = 1.0) -> Rule:
+    """The rule of a layer that is off by `factor * |x|`, and by `absolute` in each entry of its output.
+
+    `gain` is what the layer multiplies its input by at most: that much of a flushed subnormal is lost.
+    """
 
     def rule(x, y):
-        return Rounding(factor * norms(x) + (absolute + 8 * (1 + factor) * TINY) * _size(y), factor)
+        flushed = 8 * (1 + gain) * TINY * (_size(x) + _size(y))
+        return Rounding(factor * norms(x) + absolute * _size(y) + flushed, factor)
 
     return rule
 
@@ -136,9 +140,16 @@ for _cls in _EXACT:
 
 layer_rounding.register(hkr_layers.GroupSort, lambda layer: relative(4 * UNIT))  # x + relu(x D) S
 layer_rounding.register(hkr_layers.Householder, lambda layer: relative(32 * UNIT))  # sines and cosines of the angle
-layer_rounding.register(hkr_layers.Scale, lambda layer: relative(4 * UNIT * abs(layer.k)))
+
+
+def _multiplied(factor: float, offset: float = 0.0) -> Rule:
+    """A number that is rounded, perhaps flushed, and multiplied; then another one that is added."""
+    return relative(4 * UNIT * factor + 2 * TINY, 4 * UNIT * offset, gain=factor)
+
+
+layer_rounding.register(hkr_layers.Scale, lambda layer: _multiplied(abs(layer.k)))
 for _cls in (_k.ReLU, _k.LeakyReLU, _k.PReLU):
-    layer_rounding.register(_cls, lambda layer: relative(2 * UNIT * bounds.lipschitz_bound(layer)))
+    layer_rounding.register(_cls, lambda layer: _multiplied(bounds.lipschitz_bound(layer)))
 
 #: Activation functions that compare and multiply once at most.
 _COMPARISONS = {getattr(keras.activations, name) for name in ("linear", "relu", "relu6", "leaky_relu")}
@@ -166,20 +177,20 @@ def _largest(*arrays) -> float:
 
 @layer_rounding.register
 def _(layer: keras.layers.Rescaling) -> Rule:
-    return relative(4 * UNIT * _largest(layer.scale), 4 * UNIT * _largest(layer.offset))
+    return _multiplied(_largest(layer.scale), _largest(layer.offset))
 
 
 @layer_rounding.register
 def _(layer: keras.layers.Normalization) -> Rule:
     bound = bounds.lipschitz_bound(layer)
-    return relative(16 * UNIT * bound, 16 * UNIT * max(bound, 1.0) * _largest(host(layer.mean)))
+    return relative(16 * UNIT * bound, 16 * UNIT * max(bound, 1.0) * _largest(host(layer.mean)), gain=bound)
 
 
 @layer_rounding.register
 def _(layer: keras.layers.BatchNormalization) -> Rule:
     bound = bounds.lipschitz_bound(layer)
     shift = bound * _largest(host(layer.moving_mean)) + (_largest(host(layer.beta)) if layer.center else 0.0)
-    return relative(16 * UNIT * bound, 16 * UNIT * shift)
+    return relative(16 * UNIT * bound, 16 * UNIT * shift, gain=bound)
 
 
 @layer_rounding.register
@@ -321,8 +332,9 @@ def _weighted(weights: Callable[[Any, int], tuple[np.ndarray, float]]) -> Callab
     def of(layer) -> Rule:
         def rule(xs, y):
             shares, factor = weights(layer, len(xs))
-            at_centre = factor * sum(share * norms(x) for share, x in zip(shares, xs, strict=True))
-            return Rounding(at_centre + 8 * TINY * len(xs) * _size(y), tuple(factor * share for share in shares))
+            slopes = tuple(factor * share + 2 * TINY for share in shares)
+            at_centre = sum(slope * norms(x) for slope, x in zip(slopes, xs, strict=True))
+            return Rounding(at_centre + 16 * TINY * len(xs) * _size(y), slopes)
 
         return rule
 

@@ -246,6 +246,14 @@ def test_normal_but_tiny_weights_are_not_certified():
     assert certify(model, np.array([[1.0, 0.0]])).radius.tolist() == [0.0]
 
 
+@pytest.mark.parametrize("first", [L.Scale(1e-41), K.Rescaling(1e-41), L.Scale(1e-30)])
+@pytest.mark.parametrize("last", [L.Scale(1e30), K.Rescaling(1e38)])
+def test_factors_that_underflow_are_not_certified(first, last):
+    """Tiny numbers times large ones: what was flushed to 0 on the way counts as much as the signal."""
+    model = two_class(type(first).from_config(first.get_config()), L.Scale(1e-10), K.Dense(2), last)
+    assert certify(model, np.array([[1.0, 0.0]], "float32")).radius[0] == 0.0
+
+
 def test_inputs_in_float64_lose_what_rounding_moves_them_by():
     model = two_class(K.Dense(1, kernel_initializer="ones", use_bias=False))
     single = np.array([[1e4, 1.0]], "float32")
