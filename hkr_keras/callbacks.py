@@ -156,6 +156,7 @@ class CertifiedEvaluation(keras.callbacks.Callback):
         x, y: inputs and labels, as for `certify` and `Certificate.accuracy`.
         epsilons: L2 distances in input units.
         batch_size: inputs per batch.
+        rigorous: whether the numbers cover the rounding of the float32 network, as in `certify`.
 
     Example:
 
@@ -168,14 +169,15 @@ class CertifiedEvaluation(keras.callbacks.Callback):
     True
     """
 
-    def __init__(self, x, y, epsilons: Iterable[float], batch_size: int = 128):
+    def __init__(self, x, y, epsilons: Iterable[float], batch_size: int = 128, rigorous: bool = False):
         super().__init__()
-        self.x, self.y, self.epsilons, self.batch_size = x, y, tuple(epsilons), batch_size
+        self.x, self.y, self.epsilons = x, y, tuple(epsilons)
+        self.batch_size, self.rigorous = batch_size, rigorous
 
     def on_epoch_end(self, epoch, logs=None):
         if logs is None:
             return
-        certificate = certify(self.model, self.x, batch_size=self.batch_size, verbose=0)
+        certificate = certify(self.model, self.x, self.batch_size, verbose=0, rigorous=self.rigorous)
         logs["clean_accuracy"] = certificate.accuracy(self.y)
         for epsilon in self.epsilons:
             logs[f"certified_accuracy_{epsilon:g}"] = certificate.accuracy(self.y, epsilon)

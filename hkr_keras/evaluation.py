@@ -206,6 +206,11 @@ def _moved(model, arrays, rigorous: bool) -> np.ndarray:
 
 def _in_float32(model, x) -> list[np.ndarray]:
     """The inputs as float32, in the order and of the ranks of the model's."""
+    if not getattr(model, "inputs", None):
+        raise ValueError(
+            "Expected a Sequential or functional model for a rigorous certificate, since rounding is followed layer by "
+            f"layer. Received: {type(model).__name__} '{model.name}'"
+        )
     if isinstance(x, dict):
         names = [tensor.name for tensor in model.inputs]
         if set(names) != set(x):

@@ -308,6 +308,14 @@ def test_certified_evaluation(outputs):
     assert 0 < expected["clean_accuracy"] <= 1
 
 
+def test_certified_evaluation_covers_rounding_when_asked():
+    model = compiled(our_model())
+    history = fit(model, CertifiedEvaluation(X, Y, [0.25], rigorous=True))
+    exact, rigorous = (hkr.certify(model, X, verbose=0, rigorous=flag).mean_radius(Y) for flag in (False, True))
+    assert history["mean_certified_radius"][-1] == pytest.approx(rigorous, rel=1e-6)
+    assert rigorous < exact
+
+
 def test_loggers_that_come_later_see_the_numbers(tmp_path):
     logger = keras.callbacks.CSVLogger(str(tmp_path / "log.csv"))
     fit(compiled(our_model()), LipschitzMonitor(), CertifiedEvaluation(X, Y, [0.25]), logger)

@@ -312,6 +312,19 @@ def test_what_no_rigorous_certificate_covers(name):
         certify(make(), np.array([[1.0, 0.5]]))
 
 
+def test_models_whose_layers_cannot_be_seen():
+    class Halved(keras.Model):
+        def call(self, x):
+            return x / 2
+
+    hkr.bounds.layer_bound.register(Halved, lambda layer: 0.5)
+    model, x = Halved(), np.array([[1.0, 0.5]], "float32")
+    model(x)
+    assert hkr.certify(model, x, verbose=0).radius[0] > 0
+    with pytest.raises(ValueError, match="Sequential or functional"):
+        certify(model, x)
+
+
 def test_a_registered_layer_is_covered():
     model = unknown()
     layer_rounding.register(Unknown, lambda layer: rounding.relative(0.0))
