@@ -189,7 +189,9 @@ def _check_inputs(x) -> list[np.ndarray]:
 
 def _moved(model, arrays, rigorous: bool) -> np.ndarray:
     """How far each input moves, `(n,)`, when it is rounded to what the model takes."""
-    double = not rigorous and all(tensor is not None and tensor.dtype == "float64" for tensor in model.inputs or [None])
+    double = not rigorous and all(
+        tensor is not None and tensor.dtype == "float64" for tensor in getattr(model, "inputs", None) or [None]
+    )
     if double:
         return np.zeros(len(arrays[0]))
     squares = np.zeros(len(arrays[0]))
