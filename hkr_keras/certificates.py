@@ -247,7 +247,7 @@ def certify(model, x, batch_size: int = 128, verbose="auto", rigorous: bool = Fa
     These radii are about the network in exact arithmetic. With `rigorous=True` they are about the network as it
     is deployed: no float32 input within the radius is classified differently, whatever is rounded on the way. With
     `E = E0 + E1 epsilon` what rounding can add to `f_i - f_j` within epsilon (`hkr_keras.rounding`), the radius is
-    `(f_i - f_j - 2 E0) / (L_ij + E1)`.
+    `(f_i - f_j - E0) / (L_ij + E1)`, where `f_i - f_j` is nearer to the exact value than float32 would be.
 
     Args:
         model: a built Sequential or functional model with one output `(n, 1)` or `(n, classes)`: raw scores or
@@ -290,7 +290,8 @@ def certify(model, x, batch_size: int = 128, verbose="auto", rigorous: bool = Fa
                 f"Received: model '{model.name}', whose single output cannot change its sign"
             )
         scores = found.outputs.reshape(-1)
-        radius = found.radii(np.abs(scores)[:, None], *found.of_outputs())[:, 0]
+        margin = np.where(scores > 0, 1, -1) * found.centre.reshape(-1)
+        radius = found.radii(margin[:, None], *found.of_outputs())[:, 0]
         return _certificate(found, radius, (scores > 0).astype(np.int64), 1, "score")
     radius = np.empty(len(found.outputs))
     prediction = found.outputs.argmax(axis=1)
@@ -442,10 +443,9 @@ def certify_outputs(
     farthest = epsilon + found.moved[:, None]
     width = farthest * change
     if rounding is not None:
-        width = width + rounding.constant + rounding(farthest)
+        width = width + rounding(farthest)
         width = np.where(found.reach()[:, None] > farthest, width, math.inf)
     sizes = len(found.outputs), math.prod(found.outputs.shape[1:])
     width = np.broadcast_to(width / ROUNDED_DOWN, sizes).reshape(found.outputs.shape)
-    return Intervals(
-        found.outputs, found.outputs - width, found.outputs + width, epsilon, found.flow.constant, rigorous
-    )
+    lower, upper = found.centre - width, found.centre + width
+    return Intervals(found.outputs, lower, upper, epsilon, found.flow.constant, rigorous)

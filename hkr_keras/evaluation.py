@@ -63,7 +63,9 @@ class Evaluation:
     """Outputs of a model, and what is proven of how they change.
 
     Args:
-        outputs: `(n, ...)` float64.
+        outputs: `(n, ...)`, as predicted.
+        centre: `(n, ...)` float64, the exact outputs up to `off`; the outputs themselves when not rigorous.
+        off: `(n,)`; 0 when not rigorous.
         flow: of the output in exact arithmetic.
         one_sided: whether the output cannot change its sign.
         identity: of model and inputs, for the certificate.
@@ -72,6 +74,8 @@ class Evaluation:
     """
 
     outputs: np.ndarray
+    centre: np.ndarray
+    off: np.ndarray
     flow: bounds.Flow
     one_sided: bool
     identity: dict
@@ -97,7 +101,7 @@ class Evaluation:
     def rival_radii(self, label: int, chosen: np.ndarray) -> np.ndarray:
         """Radii within which a class stays in front of each other one, `(chosen, classes - 1)`."""
         others = np.arange(self.outputs.shape[1]) != label
-        margin = self.outputs[chosen][:, [label]] - self.outputs[chosen][:, others]
+        margin = self.centre[chosen][:, [label]] - self.centre[chosen][:, others]
         head = self.flow.head
         if head is None:
             change, since = np.full(others.sum(), math.sqrt(2) * self.flow.constant), self.error
@@ -110,19 +114,18 @@ class Evaluation:
     def _combined(self, lengths, since: Affine | None, factor: float = 1.0) -> Affine | None:
         if since is None:
             return None
-        columns = Affine(*(np.reshape(part, (-1, 1)) * factor for part in (since.constant, since.slope)))
+        columns = Affine((since.constant + self.off)[:, None] * factor, since.slope[:, None] * factor)
         if self.before is None:
             return columns
-        before = Affine(*(np.reshape(part, (-1, 1)) for part in (self.before.constant, self.before.slope)))
+        before = Affine(self.before.constant[:, None], self.before.slope[:, None])
         return before.times(lengths) + columns
 
     @np.errstate(divide="ignore", invalid="ignore", over="ignore")
     def radii(self, margin, change, rounding: Affine | None, chosen=slice(None)) -> np.ndarray:
         """The distances at which a margin is used up, `(n, margins)`; 0 where it is not positive."""
         if rounding is not None:
-            n = len(self.outputs)
-            constant, slope = (np.broadcast_to(a, (n, a.shape[1]))[chosen] for a in (rounding.constant, rounding.slope))
-            margin, change = margin - 2 * constant / ROUNDED_DOWN, change + slope
+            margin = margin - rounding.constant[chosen] / ROUNDED_DOWN
+            change = change + rounding.slope[chosen]
         radii = np.where(margin > 0, margin / change * ROUNDED_DOWN, 0.0)
         radii = np.minimum(radii, self.reach()[chosen][:, None]) - self.moved[chosen][:, None]
         return np.where(radii > 0, radii, 0.0)  # NaN included
@@ -153,6 +156,7 @@ def evaluate(model, x, batch_size: int, verbose, rigorous: bool) -> Evaluation:
     flows = bounds.model_flows(model, apply)
     if len(flows) != 1:
         raise ValueError(f"Expected a model with one output. Received: {len(flows)} outputs")
+    centre, off = None, np.zeros(len(arrays[0]))
     error, before, since, largest = None, None, None, None
     moved = _moved(model, arrays, rigorous)
     if rigorous:
@@ -164,16 +168,16 @@ def evaluate(model, x, batch_size: int, verbose, rigorous: bool) -> Evaluation:
     if not np.isfinite(outputs).all():
         raise ValueError("Expected finite outputs. Received: NaN or infinite scores or logits")
     if rigorous:
-        error, before, since, largest = _trace(model, arrays, outputs, batch_size, verbose)
+        centre, off, (error, before, since, largest) = _trace(model, arrays, outputs, batch_size, verbose)
     identity = {
         "rigorous": rigorous,
         "dimension": sum(math.prod(array.shape[1:]) for array in arrays),
         "model": model_hash(model),
         "versions": versions(model),
     }
-    return Evaluation(
-        outputs, flows[0], one_sided.get(id(flows[0]), False), identity, error, before, since, largest, moved
-    )
+    sided = one_sided.get(id(flows[0]), False)
+    centre = outputs if centre is None else centre
+    return Evaluation(outputs, centre, off, flows[0], sided, identity, error, before, since, largest, moved)
 
 
 def _check_inputs(x) -> list[np.ndarray]:
@@ -234,34 +238,36 @@ def _in_float32(model, x) -> list[np.ndarray]:
 
 
 @np.errstate(over="ignore", invalid="ignore", under="ignore")
-def _trace(model, arrays: list[np.ndarray], outputs, batch_size: int, verbose) -> list[Affine | None]:
-    """The rounding of all batches: `error`, `before`, `since` and `largest` of every input."""
-    tracer, parts, count = Tracer(model), [], len(outputs)
-    bar = keras.utils.Progbar(
-        -(-count // batch_size), verbose=1 if verbose == "auto" else int(verbose), unit_name="batch"
-    )
-    for step, start in enumerate(range(0, count, batch_size)):
-        batch = [array[start : start + batch_size] for array in arrays]
-        trace, largest = tracer(batch)
-        size = len(batch[0])
-        deviation = norms(trace.value.astype(np.float64) - outputs[start : start + batch_size])
-        allowed = 2 * trace.error.constant / ROUNDED_DOWN
+def _trace(model, arrays: list[np.ndarray], outputs, batch_size: int, verbose):
+    """`centre`, `off`, and the rounding (`error`, `before`, `since`, `largest`) of every input, batch by batch."""
+    tracer, centres, offs, parts = Tracer(model), [], [], []
+    verbose = 1 if verbose == "auto" else int(verbose)
+    bar = keras.utils.Progbar(-(-len(outputs) // batch_size), verbose=verbose, unit_name="batch")
+    for step, start in enumerate(range(0, len(outputs), batch_size)):
+        rows = slice(start, start + batch_size)
+        trace, largest = tracer([array[rows] for array in arrays])
+        centre = trace.value.astype(np.float64)
+        deviation, allowed = norms(centre - outputs[rows]), (trace.error.constant + trace.off) / ROUNDED_DOWN
         if (deviation > allowed).any():
             raise ValueError(
                 "Expected predictions within float32 rounding of the layers, one by one: is a reduced precision in "
                 f"use? Received: predictions that differ by {deviation.max()}, where {allowed.min()} is allowed"
             )
-        parts.append(
-            [
-                None if a is None else (np.broadcast_to(a.constant, size), np.broadcast_to(a.slope, size))
-                for a in (trace.error, trace.before, trace.since, largest)
-            ]
-        )
+        centres.append(centre)
+        offs.append(trace.off)
+        parts.append([_full(bound, len(centre)) for bound in (trace.error, trace.before, trace.since, largest)])
         bar.update(step + 1)
-    return [
-        None if column[0] is None else Affine(*(np.concatenate(half) for half in zip(*column, strict=True)))
-        for column in zip(*parts, strict=True)
+    found = [
+        None if column[0] is None else Affine(*np.concatenate(column, axis=1)) for column in zip(*parts, strict=True)
     ]
+    return np.concatenate(centres), np.concatenate(offs), found
+
+
+def _full(bound: Affine | None, size: int) -> np.ndarray | None:
+    """Constant and slope of every input, `(2, size)`."""
+    if bound is None:
+        return None
+    return np.stack([np.broadcast_to(part, size) for part in (bound.constant, bound.slope)])
 
 
 def _check_precision(model) -> None:

@@ -7,6 +7,9 @@ the distance between what is computed and what exact arithmetic would give. Roun
 Assumed of the machine: IEEE float32, round to nearest; products are sums of rounded (or fused) products, added in any
 order; subnormal numbers may be flushed to 0; `exp`, `sin`, `cos` and reciprocal roots are right to 4 units in the last
 place. Not covered, and refused when noticed: TF32, float16, bfloat16, Winograd and FFT convolutions.
+
+At the centre the truth is needed, not what some machine computes of it: Dense layers, which have the widest sums, are
+evaluated in float64 there.
 """
 
 import dataclasses
@@ -363,78 +366,132 @@ class Trace:
     """What is known of one tensor for all points within a distance epsilon of each input of a batch.
 
     Args:
-        value: computed at the inputs, `(n, ...)`.
+        value: at the inputs, `(n, ...)`: as float32 computes it, or nearer to the truth.
+        off: bound on the distance between `value` and the exact tensor, `(n,)`.
         flow: in exact arithmetic.
-        error: bound on the distance between the computed and the exact tensor, anywhere in the ball.
+        error: bound on the distance between the deployed and the exact tensor, anywhere in the ball.
         before: of the tensor from which the flow's head starts; `None` without a head.
         since: what has been added to the error since that tensor, when it is left out; `None` without a head.
     """
 
     value: np.ndarray
+    off: np.ndarray
     flow: Flow
     error: Affine
     before: Affine | None = None
     since: Affine | None = None
 
     def spread(self) -> Affine:
-        """Bound on the distance between the computed tensor anywhere in the ball and at its centre."""
-        return Affine(2 * self.error.constant, self.flow.constant + self.error.slope)
+        """Bound on the distance between the deployed tensor, anywhere in the ball, and `value`."""
+        return Affine(self.error.constant + self.off, self.flow.constant + self.error.slope)
+
+    def in_float32(self) -> "Trace":
+        """The same with a value that layers can take."""
+        single = self.value.astype(np.float32)
+        return dataclasses.replace(self, value=single, off=self.off + norms(self.value - single.astype(np.float64)))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Known:
+    """What depends on a layer and its weights alone."""
+
+    flow: Flow
+    rule: Rule
+    bound: float
+    exact: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]] | None
 
 
 class Tracer:
-    """Follows the rounding of one model, batch after batch; what depends on the weights alone is computed once."""
+    """Follows the rounding of one model, batch after batch."""
 
     def __init__(self, model):
         self.model = model
         self.shapes = [tensor.shape for tensor in bounds.model_inputs(model)]
-        self._known: list[tuple] = []
+        self._known: list[_Known] = []
 
     def __call__(self, arrays: list[np.ndarray]) -> tuple[Trace, Affine]:
         """The trace of the one output of the model, and a bound on the largest number that can occur on the way."""
-        zero, largest, position = Affine(np.zeros(len(arrays[0])), 0.0), Affine(np.zeros(len(arrays[0])), 0.0), 0
+        nothing, position = np.zeros(len(arrays[0])), 0
+        largest = Affine(nothing, 0.0)
 
         def apply(layer, traces, shapes):
             nonlocal largest, position
             if position == len(self._known):
-                flow = bounds.flow_through(layer, [trace.flow for trace in traces], shapes)
-                rule = layer_rounding(layer) if len(traces) == 1 else merge_rounding(layer)
-                bound = bounds.constant_of(layer, [trace.value.shape for trace in traces])
-                self._known.append((flow, rule, bound))
+                self._known.append(_known(layer, traces, shapes))
             known, position = self._known[position], position + 1
-            output, added = _output(layer, traces, *known)
+            output, added = _output(layer, traces, known)
             reached = Affine(norms(output.value), 0.0) + output.spread()
             largest = largest.larger(reached).larger(added.times(1 / UNIT))  # partial sums are below what they may lose
             return output
 
-        with np.errstate(over="ignore", invalid="ignore"):
-            traces = [Trace(array, Flow(row), zero) for array, row in zip(arrays, np.eye(len(arrays)), strict=True)]
-            for trace in traces:
-                largest = largest.larger(Affine(norms(trace.value), 1.0))
-            (output,) = bounds.walk(self.model, traces, apply, self.shapes)
+        rows = np.eye(len(arrays))
+        traces = [
+            Trace(array, nothing, Flow(row), Affine(nothing, 0.0)) for array, row in zip(arrays, rows, strict=True)
+        ]
+        for trace in traces:
+            largest = largest.larger(Affine(norms(trace.value), 1.0))
+        (output,) = bounds.walk(self.model, traces, apply, self.shapes)
         return output, largest
 
 
-def _output(layer, traces: list[Trace], flow: Flow, rule: Rule, bound: float) -> tuple[Trace, Affine]:
+def _known(layer, traces: list[Trace], shapes) -> _Known:
+    return _Known(
+        flow=bounds.flow_through(layer, [trace.flow for trace in traces], shapes),
+        rule=layer_rounding(layer) if len(traces) == 1 else merge_rounding(layer),
+        bound=bounds.constant_of(layer, [trace.value.shape for trace in traces]),
+        exact=_in_float64(layer) if layer_rounding.dispatch(type(layer)) is _kernel_layer else None,
+    )
+
+
+def _in_float64(layer):
+    """A Dense layer on the host, and what float64 may be off by: the widest sums are in these layers."""
+    if not isinstance(layer, keras.layers.Dense) or layer.activation not in (_LINEAR, _RELU):
+        return None
+    kernel, bias = host(layer.kernel), host(layer.bias) if layer.use_bias else np.zeros(layer.units)
+    error = (len(kernel) + 4) * 2.0**-51
+    sizes = float(np.linalg.norm(kernel)), float(np.linalg.norm(bias))
+
+    def exact(x):
+        y = x.astype(np.float64) @ kernel + bias
+        off = error * (sizes[0] * norms(x) + sizes[1] * math.sqrt(y[0].size / len(bias)))
+        return (np.maximum(y, 0.0) if layer.activation is _RELU else y), off
+
+    return exact
+
+
+_LINEAR, _RELU = keras.activations.linear, keras.activations.relu
+
+
+def _output(layer, traces: list[Trace], known: _Known) -> tuple[Trace, Affine]:
     """The trace of the output of a layer, and what the layer itself adds to the error."""
-    values = [trace.value for trace in traces]
+    singles = [trace.in_float32() for trace in traces]
+    values = [trace.value for trace in singles]
     arguments = values if len(values) > 1 else values[0]
-    value = np.asarray(ops.convert_to_numpy(layer(arguments)))
-    rounding = rule(arguments, value)
+    if known.exact is not None:
+        value, off = known.exact(traces[0].value)
+        rounding = known.rule(arguments, value)
+        off = traces[0].off * known.bound + off
+    else:
+        value = np.asarray(ops.convert_to_numpy(layer(arguments)))
+        rounding = known.rule(arguments, value)
+        off = _carried(layer, [trace.off for trace in singles], known.bound) + rounding.at_centre
     slopes = rounding.slope if isinstance(rounding.slope, tuple) else (rounding.slope,)
     added = Affine(rounding.at_centre, 0.0)
-    for slope, trace in zip(slopes, traces, strict=True):
-        added = added + trace.spread().times(slope)
-    if len(traces) > 1:
-        errors = [trace.error for trace in traces]
-        constant, grows = (
-            bounds.merge_bound(layer, np.stack([np.broadcast_to(part, len(value)) for part in parts]))
-            for parts in ([error.constant for error in errors], [error.slope for error in errors])
-        )
-        return Trace(value, flow, Affine(constant, grows) + added), added
+    for slope, single in zip(slopes, singles, strict=True):
+        added = added + single.spread().times(slope)
+    constant, grows = (
+        _carried(layer, [np.broadcast_to(part, len(value)) for part in parts], known.bound)
+        for parts in ([trace.error.constant for trace in traces], [trace.error.slope for trace in traces])
+    )
+    output = Trace(value, off, known.flow, Affine(constant, grows) + added)
+    if known.flow.head is None:
+        return output, added
     trace = traces[0]
-    error = trace.error.times(bound) + added
-    if flow.head is None:
-        return Trace(value, flow, error), added
     if trace.before is None or trace.since is None:
-        return Trace(value, flow, error, before=trace.error, since=added), added
-    return Trace(value, flow, error, before=trace.before, since=trace.since.times(bound) + added), added
+        return dataclasses.replace(output, before=trace.error, since=added), added
+    return dataclasses.replace(output, before=trace.before, since=trace.since.times(known.bound) + added), added
+
+
+def _carried(layer, distances: list[np.ndarray], bound: float) -> np.ndarray:
+    """How far the exact output moves when the inputs move by these distances, `(n,)`."""
+    return distances[0] * bound if len(distances) == 1 else bounds.merge_bound(layer, np.stack(distances))
