@@ -122,6 +122,42 @@ def convolution_spectrum(blocks: np.ndarray, strides: Sequence[int]) -> Spectrum
     return Spectrum(found.smallest, found.largest, found.bound * rounding / correction)
 
 
+def autocorrelation_bound(blocks: np.ndarray, strides: Sequence[int]) -> float:
+    """Upper bound on the norm of the same convolution, tight when it is orthogonal up to rounding.
+
+    `|K^(w)|^2 = |sum_d A_d e^iwd| <= sum_d |A_d|` with the autocorrelation `A_d = sum_o K_o^T K_(o + d)` (or `K K^T`,
+    whichever is smaller). For an orthogonal convolution `A_0 = I` and all others vanish, so nothing is lost to
+    what lies between frequencies.
+
+    Args:
+        blocks: float64 kernel `(*window, blocks, inputs, outputs)` of a block-diagonal convolution.
+        strides: one per dimension of the window.
+
+    Example:
+
+    >>> round(autocorrelation_bound(np.eye(2)[:, None, None, :], (2,)), 9)
+    1.0
+
+    Reference:
+        Prach and Lampert, ECCV 2022 (arXiv 2208.03160), whose rescaling rests on the same sum.
+    """
+    taps = _polyphase(blocks, strides)
+    scale = float(np.abs(taps).max())
+    if scale == 0.0:
+        return 0.0
+    axes = tuple(range(len(strides)))
+    symbol = np.fft.fftn(taps / scale, [2 * k - 1 for k in taps.shape[: len(strides)]], axes=axes)
+    adjoint = np.conj(np.swapaxes(symbol, -1, -2))
+    gram = symbol @ adjoint if taps.shape[-2] < taps.shape[-1] else adjoint @ symbol
+    correlation = np.fft.ifftn(gram, axes=axes).real
+    # One Gram iteration: |A|^2 <= |A^T A|_F, nearer to the norm than |A|_F.
+    squares = np.linalg.norm(np.swapaxes(correlation, -1, -2) @ correlation, axis=(-2, -1))
+    norms = np.sqrt(squares).reshape(-1, taps.shape[-3])
+    norms[0] = [matrix_spectrum(centre).bound for centre in correlation[(0,) * len(axes)]]
+    rounding = 1.0 + 64 * taps.size * len(norms) * _EPSILON
+    return scale * math.sqrt(norms.sum(axis=0).max()) * rounding
+
+
 def _grid(window, matrix_shape) -> list[int]:
     """Frequencies per dimension: enough for a slack of 0.1 %, fewer where that would take long."""
     small, large = sorted(matrix_shape)
@@ -177,7 +213,8 @@ def kernel_spectrum(layer: keras.layers.Layer, name: str) -> Spectrum:
     if max(layer.strides) > 1 and max(layer.dilation_rate) > 1:  # such a convolution has no polyphase form
         return Spectrum(0.0, 0.0, by_patches)
     spectrum = convolution_spectrum(blocks, layer.strides)
-    return dataclasses.replace(spectrum, bound=min(spectrum.bound, by_patches))
+    by_correlation = autocorrelation_bound(blocks, layer.strides)
+    return dataclasses.replace(spectrum, bound=min(spectrum.bound, by_patches, by_correlation))
 
 
 # ---- activations ----------------------------------------------------------------------------------------
@@ -350,6 +387,10 @@ _register(
     _k.DepthwiseConv2D,
     _k.SeparableConv1D,
     _k.SeparableConv2D,
+    hkr_layers.OrthogonalConv1D,
+    hkr_layers.OrthogonalConv2D,
+    hkr_layers.OrthogonalConv1DTranspose,
+    hkr_layers.OrthogonalConv2DTranspose,
 )
 
 _register(lambda layer: activation_bound(layer.activation), _k.Activation)

@@ -17,6 +17,12 @@ from hkr_keras.layers.kernels import (
 )
 from hkr_keras.layers.merging import LipschitzResidual, Scale
 from hkr_keras.layers.normalization import BatchCentering, LayerCentering
+from hkr_keras.layers.orthogonal import (
+    OrthogonalConv1D,
+    OrthogonalConv1DTranspose,
+    OrthogonalConv2D,
+    OrthogonalConv2DTranspose,
+)
 from hkr_keras.layers.pooling import (
     GlobalL2NormPooling1D,
     GlobalL2NormPooling2D,
@@ -56,6 +62,10 @@ __all__ = [
     "LipschitzSeparableConv1D",
     "LipschitzSeparableConv2D",
     "MaxMin",
+    "OrthogonalConv1D",
+    "OrthogonalConv1DTranspose",
+    "OrthogonalConv2D",
+    "OrthogonalConv2DTranspose",
     "Scale",
     "ScaledAveragePooling1D",
     "ScaledAveragePooling2D",

@@ -3,11 +3,11 @@
 from typing import Any
 
 from hkr_keras import constraints
-from hkr_keras.geometry import kernel_geometries
+from hkr_keras.geometry import weight_geometries
 
 
 class LipschitzLayer:
-    """Mixin, first base class: binds a constraint to every kernel that `geometry.py` knows of the layer.
+    """Mixin, first base class: binds a constraint to every kernel (or factor of one) that `geometry.py` knows of.
 
     The Keras layer behind it keeps its constructor, its forward pass and its config.
 
@@ -29,7 +29,7 @@ class LipschitzLayer:
     quantization_mode: Any
 
     def add_weight(self, *args, name=None, initializer=None, constraint=None, **kwargs):
-        geometry = kernel_geometries(self).get(name)
+        geometry = weight_geometries(self).get(name)
         if geometry is not None:
             if self.quantization_mode:
                 self._refuse_quantization(self.quantization_mode)
