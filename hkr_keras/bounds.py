@@ -127,7 +127,9 @@ def autocorrelation_bound(blocks: np.ndarray, strides: Sequence[int]) -> float:
 
     `|K^(w)|^2 = |sum_d A_d e^iwd| <= sum_d |A_d|` with the autocorrelation `A_d = sum_o K_o^T K_(o + d)` (or `K K^T`,
     whichever is smaller). For an orthogonal convolution `A_0 = I` and all others vanish, so nothing is lost to
-    what lies between frequencies.
+    what lies between frequencies. For an almost orthogonal one, where channels have been rescaled until
+    `C = sum_d |A_d|` (of entries) is diagonally dominant, the largest eigenvalue of C is nearer: at most
+    `max_i (C s)_i / s_i` for any positive s.
 
     Args:
         blocks: float64 kernel `(*window, blocks, inputs, outputs)` of a block-diagonal convolution.
@@ -154,8 +156,14 @@ def autocorrelation_bound(blocks: np.ndarray, strides: Sequence[int]) -> float:
     squares = np.linalg.norm(np.swapaxes(correlation, -1, -2) @ correlation, axis=(-2, -1))
     norms = np.sqrt(squares).reshape(-1, taps.shape[-3])
     norms[0] = [matrix_spectrum(centre).bound for centre in correlation[(0,) * len(axes)]]
-    rounding = 1.0 + 64 * taps.size * len(norms) * _EPSILON
-    return scale * math.sqrt(norms.sum(axis=0).max()) * rounding
+    absolute = np.abs(correlation).sum(axis=axes)
+    s = np.ones((*absolute.shape[:-1], 1))
+    for _ in range(50):
+        s = absolute @ s
+        s = np.maximum(s / np.maximum(s.max(axis=-2, keepdims=True), _EPSILON), 0.05)  # ratios stay harmless
+    squared = np.minimum(norms.sum(axis=0), (absolute @ s / s).max(axis=(-2, -1))).max()
+    rounding = 1.0 + 256 * taps.size * len(norms) * _EPSILON
+    return scale * math.sqrt(squared) * rounding
 
 
 def _grid(window, matrix_shape) -> list[int]:
@@ -391,7 +399,17 @@ _register(
     hkr_layers.OrthogonalConv2D,
     hkr_layers.OrthogonalConv1DTranspose,
     hkr_layers.OrthogonalConv2DTranspose,
+    hkr_layers.AOLDense,
+    hkr_layers.AOLConv2D,
 )
+
+
+def _reflection(layer) -> float:
+    # The Jacobian I - 2 W D W^T, D diagonal in [0, 1], has eigenvalues in [1 - 2 |W|^2, 1].
+    return max(1.0, (2 * kernel_spectrum(layer, "kernel").bound ** 2 - 1) * (1 + 8 * _EPSILON))
+
+
+_register(_reflection, hkr_layers.SLLDense, hkr_layers.SLLConv2D)
 
 _register(lambda layer: activation_bound(layer.activation), _k.Activation)
 _register(lambda layer: 1.0, _k.Softmax)

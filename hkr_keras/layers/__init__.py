@@ -35,8 +35,11 @@ from hkr_keras.layers.pooling import (
     ScaledGlobalAveragePooling1D,
     ScaledGlobalAveragePooling2D,
 )
+from hkr_keras.layers.rescaled import AOLConv2D, AOLDense, SLLConv2D, SLLDense
 
 __all__ = [
+    "AOLConv2D",
+    "AOLDense",
     "BatchCentering",
     "FullSort",
     "GlobalL2NormPooling1D",
@@ -66,6 +69,8 @@ __all__ = [
     "OrthogonalConv1DTranspose",
     "OrthogonalConv2D",
     "OrthogonalConv2DTranspose",
+    "SLLConv2D",
+    "SLLDense",
     "Scale",
     "ScaledAveragePooling1D",
     "ScaledAveragePooling2D",

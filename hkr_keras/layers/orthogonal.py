@@ -12,7 +12,7 @@ from keras import ops
 from hkr_keras import constraints
 from hkr_keras._registry import export
 from hkr_keras.geometry import Geometry, weight_geometries
-from hkr_keras.layers.base import LipschitzLayer
+from hkr_keras.layers.base import ComposedKernel, at_least_float32
 
 Tensor = Any
 
@@ -135,11 +135,10 @@ def wrap(x: Tensor, axis: int, before: int, after: int) -> Tensor:
     return ops.concatenate(parts, axis=axis) if len(parts) > 1 else x
 
 
-class _OrthogonalConvolution(LipschitzLayer, keras.layers.Layer):
-    """What the orthogonal layers share. Mixin before a Keras convolution, which owns constructor and `build`.
+class _OrthogonalConvolution(ComposedKernel):
+    """What the orthogonal layers share. Mixin before a Keras convolution.
 
-    The weights are `mixing` and `bases`, the orthonormal factors. `kernel` is composed of them wherever it is read,
-    so it cannot be out of date.
+    The weights are `mixing` and `bases`, the orthonormal factors of the kernel.
     """
 
     bases: Any = None
@@ -183,34 +182,10 @@ class _OrthogonalConvolution(LipschitzLayer, keras.layers.Layer):
         self._inputs = inputs
         return self.mixing
 
-    @property
-    def kernel(self):
-        """The composed kernel `(*window, in, out)` of the Keras layer, in float32 (or float64)."""
-        if not self.built:
-            raise AttributeError(
-                "Expected a built layer, which has a kernel. "
-                f"Received: {type(self).__name__} '{self.name}', built=False"
-            )
-        mixing, bases = (
-            weight if weight is None else ops.cast(weight, keras.backend.result_type(weight.dtype, "float32"))
-            for weight in (self.mixing, self.bases)
-        )
+    def compose(self):
+        bases = None if self.bases is None else at_least_float32(self.bases)
+        mixing = at_least_float32(self.mixing)
         return _SHRINK * orthogonal_kernel(mixing, bases, self.kernel_size, self._inputs, self.groups)
-
-    @kernel.setter
-    def kernel(self, weight):
-        """Keras stores here what `add_weight` made for it: the factors, which have attributes of their own."""
-
-    def call(self, inputs):
-        kernel = self.kernel
-        if self.kernel_regularizer is not None:
-            self.add_loss(self.kernel_regularizer(kernel))
-        outputs = self._convolve(inputs, ops.cast(kernel, self.compute_dtype))
-        if self.use_bias:
-            last = self.data_format == "channels_last"
-            shape = (1, -1) if last else (1, -1, *(1 for _ in self.kernel_size))
-            outputs = outputs + ops.reshape(self.bias, shape)
-        return outputs if self.activation is None else self.activation(outputs)
 
     def _axes(self):
         """Axes of the inputs along which the window runs."""
@@ -230,12 +205,6 @@ class _OrthogonalConvolution(LipschitzLayer, keras.layers.Layer):
                     f"Expected {type(self).__name__} '{self.name}' with padding='circular' to receive inputs of "
                     f"known size, at least {least} and a multiple of {multiple}. Received: shape={tuple(shape)}"
                 )
-
-    def save_own_variables(self, store):
-        keras.layers.Layer.save_own_variables(self, store)
-
-    def load_own_variables(self, store):
-        keras.layers.Layer.load_own_variables(self, store)
 
     def get_config(self):
         config = super().get_config()
@@ -267,7 +236,7 @@ class _OrthogonalConv(_OrthogonalConvolution):
         self._check_circle(shape, [t - t // 2 for t in total], self.strides)
         return [t // 2 for t in total], [t - t // 2 for t in total]
 
-    def _convolve(self, inputs, kernel):
+    def operate(self, inputs, kernel):
         padding = self.padding
         if self.circular:
             inputs = self._wrap(inputs, *self._circle(inputs.shape))
@@ -298,7 +267,7 @@ class _OrthogonalConvTranspose(_OrthogonalConvolution):
         starts = [left + s * b for left, s, b in zip(lefts, self.strides, before, strict=True)]
         return before, after, starts
 
-    def _convolve(self, inputs, kernel):
+    def operate(self, inputs, kernel):
         shape = inputs.shape
         if self.circular:
             before, after, starts = self._circle(shape)
