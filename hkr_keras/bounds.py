@@ -23,6 +23,7 @@ from keras import ops
 
 from hkr_keras import layers as hkr_layers
 from hkr_keras.geometry import Geometry, kernel_geometries, overlap
+from hkr_keras.layers.recurrent import LipschitzSimpleRNNCell, recurrence_bound
 
 _EPSILON = float(np.finfo(np.float64).eps)
 
@@ -410,6 +411,22 @@ def _reflection(layer) -> float:
 
 
 _register(_reflection, hkr_layers.SLLDense, hkr_layers.SLLConv2D)
+
+
+@layer_bound.register
+def _(layer: hkr_layers.LipschitzSimpleRNN) -> float:
+    cell = layer.cell
+    changed = type(cell) is not LipschitzSimpleRNNCell or _overridden(cell, LipschitzSimpleRNNCell)
+    if changed or layer.return_state or layer.stateful:
+        raise ValueError(
+            "Expected a LipschitzSimpleRNN with its own cell, and no states in or out. Received: "
+            f"cell={type(cell).__name__}, return_state={layer.return_state}, stateful={layer.stateful}"
+        )
+    _check_built(layer)
+    slope = activation_bound(cell.activation)
+    inputs, states = (slope * kernel_spectrum(cell, name).bound for name in ("kernel", "recurrent_kernel"))
+    return recurrence_bound(layer.length, inputs, states, layer.return_sequences)
+
 
 _register(lambda layer: activation_bound(layer.activation), _k.Activation)
 _register(lambda layer: 1.0, _k.Softmax)

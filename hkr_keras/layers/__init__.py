@@ -35,6 +35,7 @@ from hkr_keras.layers.pooling import (
     ScaledGlobalAveragePooling1D,
     ScaledGlobalAveragePooling2D,
 )
+from hkr_keras.layers.recurrent import LipschitzSimpleRNN
 from hkr_keras.layers.rescaled import AOLConv2D, AOLDense, SLLConv2D, SLLDense
 
 __all__ = [
@@ -64,6 +65,7 @@ __all__ = [
     "LipschitzResidual",
     "LipschitzSeparableConv1D",
     "LipschitzSeparableConv2D",
+    "LipschitzSimpleRNN",
     "MaxMin",
     "OrthogonalConv1D",
     "OrthogonalConv1DTranspose",
