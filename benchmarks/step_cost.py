@@ -34,13 +34,13 @@ def mlp(lipschitz: bool) -> keras.Model:
     return keras.Sequential([keras.Input((784,)), *hidden, head])
 
 
-def cnn(lipschitz: bool) -> keras.Model:
+def cnn(lipschitz: bool, convolution=hkr.layers.LipschitzConv2D) -> keras.Model:
     """16, 16, pool, 32, 32, pool, 64, 10 on 28 x 28."""
     layers = [keras.Input((28, 28, 1))]
     for filters in (16, 32):
         for _ in range(2):
             if lipschitz:
-                layers += [hkr.layers.LipschitzConv2D(filters, 3, padding="same"), hkr.layers.GroupSort(2)]
+                layers += [convolution(filters, 3, padding="same"), hkr.layers.GroupSort(2)]
             else:
                 layers += [keras.layers.Conv2D(filters, 3, padding="same", activation="relu")]
         layers.append(hkr.layers.L2NormPooling2D(2) if lipschitz else keras.layers.AveragePooling2D(2))
@@ -51,6 +51,14 @@ def cnn(lipschitz: bool) -> keras.Model:
     else:
         layers += [keras.layers.Dense(64, activation="relu"), keras.layers.Dense(10)]
     return keras.Sequential(layers)
+
+
+def cnn_orthogonal(lipschitz: bool) -> keras.Model:
+    """The same with truly orthogonal convolutions."""
+    return cnn(lipschitz, hkr.layers.OrthogonalConv2D)
+
+
+NETWORKS = {build.__name__: build for build in (mlp, cnn, cnn_orthogonal)}
 
 
 class SecondEpoch(keras.callbacks.Callback):
@@ -87,7 +95,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch", type=int, nargs="+", default=[128, 1024])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", nargs="+", choices=("mlp", "cnn"), default=["mlp", "cnn"])
+    parser.add_argument("--only", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--json", help="append the figures to this file, one JSON object per line")
     arguments = parser.parse_args()
     backend = keras.backend.backend()
@@ -99,7 +107,7 @@ def main() -> None:
         table.add_column(column, justify="left" if column == "network" else "right")
     for name in arguments.only:
         for batch in arguments.batch:
-            best = measure({"mlp": mlp, "cnn": cnn}[name], batch, arguments.rounds)
+            best = measure(NETWORKS[name], batch, arguments.rounds)
             ratio = best["lipschitz"] / best["plain"]
             table.add_row(name, str(batch), f"{best['plain']:.2f}", f"{best['lipschitz']:.2f}", f"{ratio:.2f}")
             if arguments.json:

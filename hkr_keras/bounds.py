@@ -26,8 +26,10 @@ from hkr_keras.checks import (
     check_numbers,
     check_shape,
     check_sizes,
+    overridden,
 )
 from hkr_keras.geometry import kernel_geometries, overlap
+from hkr_keras.layers.recurrent import LipschitzSimpleRNNCell, recurrence_bound
 from hkr_keras.spectra import (
     EPSILON,
     convolution_bound,
@@ -234,7 +236,37 @@ _register(
     _k.DepthwiseConv2D,
     _k.SeparableConv1D,
     _k.SeparableConv2D,
+    hkr_layers.OrthogonalConv1D,
+    hkr_layers.OrthogonalConv2D,
+    hkr_layers.OrthogonalConv1DTranspose,
+    hkr_layers.OrthogonalConv2DTranspose,
+    hkr_layers.AOLDense,
+    hkr_layers.AOLConv2D,
 )
+
+
+def _reflection(layer) -> float:
+    # The Jacobian I - 2 W D W^T, D diagonal in [0, 1], has eigenvalues in [1 - 2 |W|^2, 1].
+    return max(1.0, (2 * kernel_bound(layer, "kernel") ** 2 - 1) * (1 + 8 * EPSILON))
+
+
+_register(_reflection, hkr_layers.SLLDense, hkr_layers.SLLConv2D)
+
+
+@layer_bound.register
+def _(layer: hkr_layers.LipschitzSimpleRNN) -> float:
+    cell = layer.cell
+    changed = type(cell) is not LipschitzSimpleRNNCell or overridden(cell, LipschitzSimpleRNNCell)
+    if changed or layer.return_state or layer.stateful:
+        raise ValueError(
+            "Expected a LipschitzSimpleRNN with its own cell, and no states in or out. Received: "
+            f"cell={type(cell).__name__}, return_state={layer.return_state}, stateful={layer.stateful}"
+        )
+    check_built(layer)
+    slope = activation_bound(cell.activation)
+    inputs, states = (slope * kernel_bound(cell, name) for name in ("kernel", "recurrent_kernel"))
+    return recurrence_bound(layer.length, inputs, states, layer.return_sequences)
+
 
 _register(lambda layer: activation_bound(layer.activation), _k.Activation)
 _register(lambda layer: max(1.0, abs(layer.negative_slope)), _k.LeakyReLU)

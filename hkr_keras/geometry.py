@@ -124,6 +124,20 @@ def _(layer):
     return {"depthwise_kernel": _convolution(layer, depthwise=True), "pointwise_kernel": Geometry()}
 
 
+@functools.singledispatch
+def weight_geometries(layer) -> dict[str, Geometry]:
+    """The geometry of every weight that is kept on a constraint set, keyed by weight name.
+
+    Of most layers these are the kernels themselves; a layer that composes its kernel registers its factors here.
+
+    Example:
+
+    >>> list(weight_geometries(keras.layers.Dense(2)))
+    ['kernel']
+    """
+    return kernel_geometries(layer)
+
+
 def model_kernels(model: keras.layers.Layer) -> Iterator[tuple[keras.layers.Layer, Any, Geometry]]:
     """Every `(layer, variable, geometry)` of a model, nested and shared layers included, each variable once.
 
@@ -137,8 +151,8 @@ def model_kernels(model: keras.layers.Layer) -> Iterator[tuple[keras.layers.Laye
     for layer in model._flatten_layers():
         if not layer.built:
             continue
-        for name, geometry in kernel_geometries(layer).items():
+        for name, geometry in weight_geometries(layer).items():
             variable = getattr(layer, name)
-            if id(variable) not in seen:
+            if variable is not None and id(variable) not in seen:
                 seen.add(id(variable))
                 yield layer, variable, geometry

@@ -26,6 +26,7 @@ from hkr_keras import bounds
 from hkr_keras import layers as hkr_layers
 from hkr_keras.bounds import Flow
 from hkr_keras.geometry import kernel_geometries
+from hkr_keras.layers.base import ComposedKernel
 from hkr_keras.spectra import absolute_bound, host, kernel_bound
 
 UNIT = 2.0**-24  # unit roundoff of float32
@@ -313,6 +314,15 @@ for _cls in (
     *(_k.DepthwiseConv1D, _k.DepthwiseConv2D, _k.SeparableConv1D, _k.SeparableConv2D),
 ):
     layer_rounding.register(_cls, _kernel_layer)
+
+
+@layer_rounding.register
+def _(layer: ComposedKernel) -> Rule:
+    raise ValueError(
+        "Expected layers that store the kernel they compute with, for a rigorous certificate: the rounding of a kernel "
+        "that is composed in the forward pass is not bounded. Copy `layer.kernel` into a plain Keras layer. "
+        f"Received: layer={type(layer).__name__} '{layer.name}'"
+    )
 
 
 # ---- layers with several inputs -------------------------------------------------------------------------

@@ -21,7 +21,9 @@ CONTRACT = {
         "LipschitzSeparableConv1D LipschitzSeparableConv2D GroupSort MaxMin FullSort Householder L2NormPooling1D "
         "L2NormPooling2D ScaledAveragePooling1D ScaledAveragePooling2D GlobalL2NormPooling1D GlobalL2NormPooling2D "
         "ScaledGlobalAveragePooling1D ScaledGlobalAveragePooling2D InvertibleDownsampling2D InvertibleUpsampling2D "
-        "LayerCentering BatchCentering LipschitzResidual Scale"
+        "LayerCentering BatchCentering LipschitzResidual Scale "
+        "OrthogonalConv1D OrthogonalConv2D OrthogonalConv1DTranspose OrthogonalConv2DTranspose "
+        "AOLDense AOLConv2D SLLDense SLLConv2D LipschitzSimpleRNN"
     ),
     hkr.losses: "KR HingeMargin HKR MulticlassKR MulticlassHinge MulticlassHKR SoftHKR LogSumExpHKR MarginCrossentropy",
     hkr.metrics: "KRDistance CertifiedAccuracy CertifiedRadius",

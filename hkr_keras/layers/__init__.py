@@ -17,6 +17,12 @@ from hkr_keras.layers.kernels import (
 )
 from hkr_keras.layers.merging import LipschitzResidual, Scale
 from hkr_keras.layers.normalization import BatchCentering, LayerCentering
+from hkr_keras.layers.orthogonal import (
+    OrthogonalConv1D,
+    OrthogonalConv1DTranspose,
+    OrthogonalConv2D,
+    OrthogonalConv2DTranspose,
+)
 from hkr_keras.layers.pooling import (
     GlobalL2NormPooling1D,
     GlobalL2NormPooling2D,
@@ -29,8 +35,12 @@ from hkr_keras.layers.pooling import (
     ScaledGlobalAveragePooling1D,
     ScaledGlobalAveragePooling2D,
 )
+from hkr_keras.layers.recurrent import LipschitzSimpleRNN
+from hkr_keras.layers.rescaled import AOLConv2D, AOLDense, SLLConv2D, SLLDense
 
 __all__ = [
+    "AOLConv2D",
+    "AOLDense",
     "BatchCentering",
     "FullSort",
     "GlobalL2NormPooling1D",
@@ -55,7 +65,14 @@ __all__ = [
     "LipschitzResidual",
     "LipschitzSeparableConv1D",
     "LipschitzSeparableConv2D",
+    "LipschitzSimpleRNN",
     "MaxMin",
+    "OrthogonalConv1D",
+    "OrthogonalConv1DTranspose",
+    "OrthogonalConv2D",
+    "OrthogonalConv2DTranspose",
+    "SLLConv2D",
+    "SLLDense",
     "Scale",
     "ScaledAveragePooling1D",
     "ScaledAveragePooling2D",

@@ -2,12 +2,15 @@
 
 from typing import Any
 
+import keras
+from keras import ops
+
 from hkr_keras import constraints
-from hkr_keras.geometry import kernel_geometries
+from hkr_keras.geometry import weight_geometries
 
 
 class LipschitzLayer:
-    """Mixin, first base class: binds a constraint to every kernel that `geometry.py` knows of the layer.
+    """Mixin, first base class: binds a constraint to every kernel (or factor of one) that `geometry.py` knows of.
 
     The Keras layer behind it keeps its constructor, its forward pass and its config.
 
@@ -29,7 +32,7 @@ class LipschitzLayer:
     quantization_mode: Any
 
     def add_weight(self, *args, name=None, initializer=None, constraint=None, **kwargs):
-        geometry = kernel_geometries(self).get(name)
+        geometry = weight_geometries(self).get(name)
         if geometry is not None:
             if self.quantization_mode:
                 self._refuse_quantization(self.quantization_mode)
@@ -54,3 +57,55 @@ class LipschitzLayer:
             f"Expected the kernel of {type(self).__name__} '{self.name}' to stay in floating point: quantized "
             f"weights are off the constraint set and no bound here covers them. Received: mode={mode}"
         )
+
+
+class ComposedKernel(LipschitzLayer, keras.layers.Layer):
+    """Mixin before a Keras layer with a kernel: here `kernel` is computed from the weights wherever it is read.
+
+    So it cannot be out of date. The layer behind it keeps its constructor and its `build`, whose kernel `add_weight`
+    replaces by weights of another name. The kernel is computed in at least float32, and then cast.
+    """
+
+    def compose(self):
+        """The kernel, from the weights."""
+        raise NotImplementedError
+
+    def operate(self, inputs, kernel):
+        """The linear part of the layer."""
+        raise NotImplementedError
+
+    @property
+    def kernel(self):
+        """The kernel that the layer computes with, in float32 (or float64)."""
+        if not self.built:
+            raise AttributeError(
+                "Expected a built layer, which has a kernel. "
+                f"Received: {type(self).__name__} '{self.name}', built=False"
+            )
+        return self.compose()
+
+    @kernel.setter
+    def kernel(self, weight):
+        """Keras stores here what `add_weight` made for it; these weights have attributes of their own."""
+
+    def call(self, inputs):
+        kernel = self.kernel
+        if self.kernel_regularizer is not None:
+            self.add_loss(self.kernel_regularizer(kernel))
+        outputs = self.operate(inputs, ops.cast(kernel, self.compute_dtype))
+        if self.use_bias:
+            first = getattr(self, "data_format", None) == "channels_first"
+            shape = (1, -1, *(1 for _ in outputs.shape[2:])) if first else (-1,)
+            outputs = outputs + ops.reshape(self.bias, shape)
+        return outputs if self.activation is None else self.activation(outputs)
+
+    def save_own_variables(self, store):
+        keras.layers.Layer.save_own_variables(self, store)
+
+    def load_own_variables(self, store):
+        keras.layers.Layer.load_own_variables(self, store)
+
+
+def at_least_float32(weight):
+    """A weight in the precision in which kernels are computed."""
+    return ops.cast(weight, keras.backend.result_type(weight.dtype, "float32"))

@@ -1,0 +1,391 @@
+"""Truly orthogonal convolutions: a kernel composed of orthonormal factors, with nothing that iterates."""
+
+import inspect
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+from keras import ops
+
+from hkr_keras import constraints
+from hkr_keras._registry import export
+from hkr_keras.geometry import Geometry, weight_geometries
+from hkr_keras.layers.base import ComposedKernel, at_least_float32
+
+Tensor = Any
+
+_SHRINK = 1.0 - 2.0**-18  # float32 leaves up to 2e-6 above 1 in the norm of a kernel composed of wide factors
+
+
+def block_convolution(kernel: Tensor, projection: Tensor, axis: int, flipped: bool = False) -> Tensor:
+    """A convolution after the two-tap convolution `[P, I - P]`, as one kernel with one more tap.
+
+    For an orthogonal projection P the two-tap convolution is orthogonal: it moves what P leaves out by one
+    cell. For any P with eigenvalues p in [0, 1] its norm is at most 1, since `|p + (1 - p) e^iw| <= 1`.
+
+    Args:
+        kernel: floating point tensor `(groups, inputs, *window, outputs)`.
+        projection: symmetric matrices `(groups, inputs, inputs)`.
+        axis: of the kernel, a window axis.
+        flipped: whether the taps are `[I - P, P]`.
+
+    Returns:
+        Tensor of the shape of the kernel, with one more entry along `axis`.
+
+    Example:
+
+    >>> kernel = block_convolution(ops.ones((1, 1, 1, 1)), 0.25 * ops.ones((1, 1, 1)), axis=2)
+    >>> ops.convert_to_numpy(kernel).ravel().tolist()
+    [0.25, 0.75]
+
+    Reference:
+        Li et al., NeurIPS 2019 (arXiv 1911.00937), section 3.
+    """
+    shape = tuple(kernel.shape)
+    columns = math.prod(shape[2:])
+    kept = ops.reshape(ops.matmul(projection, ops.reshape(kernel, (*shape[:2], columns))), shape)
+    moved = kernel - kept
+    if flipped:
+        kept, moved = moved, kept
+    after, before = ([(0, 0)] * len(shape) for _ in range(2))
+    after[axis], before[axis] = (0, 1), (1, 0)
+    return ops.pad(kept, after) + ops.pad(moved, before)
+
+
+def orthogonal_kernel(mixing: Tensor, bases: Tensor | None, window: Sequence[int], inputs: int, groups: int = 1):
+    """The kernel of an orthogonal convolution, composed of orthonormal factors.
+
+    A convolution with window = strides and orthonormal matrix, after one two-tap convolution `[P, I - P]` for
+    each row and column that the window has beyond the strides, with `P = U U^T`. Orthogonal on all of `Z^d` and on
+    circles whose length the strides divide; with zero padding or `"valid"` the norm is at most 1. When the
+    factors have norm at most 1 and are not orthonormal, the norm is at most 1 still.
+
+    Args:
+        mixing: tensor `(*strides, channels, filters)`, for each group an orthonormal matrix.
+        bases: tensor `(channels, pairs * groups, rank)`: every `U = bases[:, i]` has orthonormal columns. `None` when
+            there are no pairs, or for `channels = 1`, where every P is 0.
+        window: the kernel size, at least the strides; `pairs = sum(window) - sum(strides)`.
+        inputs: input channels of one group, at most `channels`.
+        groups: of the convolution.
+
+    Returns:
+        Tensor `(*window, inputs, filters)`.
+
+    Example:
+
+    >>> kernel = orthogonal_kernel(ops.ones((1, 1, 1)), None, window=(3,), inputs=1)
+    >>> ops.convert_to_numpy(kernel).ravel().tolist()
+    [0.0, 1.0, 0.0]
+
+    Reference:
+        Li et al., NeurIPS 2019 (arXiv 1911.00937); Boissin et al., ICML 2025 (arXiv 2501.07930), for strides.
+    """
+    *strides, channels, filters = mixing.shape
+    rank, outputs = len(strides), filters // groups
+    kernel = ops.reshape(mixing, (*strides, channels, groups, outputs))
+    kernel = ops.transpose(kernel, (rank + 1, rank, *range(rank), rank + 2))
+    steps = two_tap_steps(window, strides)
+    if bases is None:
+        projections = [ops.zeros((groups, channels, channels), dtype=mixing.dtype)] * len(steps)
+    else:
+        bases = ops.reshape(ops.transpose(bases, (1, 0, 2)), (len(steps), groups, channels, -1))
+        projections = ops.unstack(ops.matmul(bases, ops.swapaxes(bases, -1, -2)), len(steps))
+    for (axis, flipped), projection in zip(steps, projections, strict=True):
+        kernel = block_convolution(kernel, projection, axis + 2, flipped)
+    kernel = ops.transpose(kernel[:, :inputs], (*range(2, rank + 2), 1, 0, rank + 2))
+    return ops.reshape(kernel, (*window, inputs, filters))
+
+
+def two_tap_steps(window: Sequence[int], strides: Sequence[int]) -> list[tuple[int, bool]]:
+    """`(axis, flipped)` of every two-tap convolution: axes in turn, and directions too, to stay in the centre.
+
+    Example:
+
+    >>> two_tap_steps((3, 2), (1, 1))
+    [(0, False), (1, False), (0, True)]
+    """
+    extra = [k - s for k, s in zip(window, strides, strict=True)]
+    turns = itertools.product(range(max(extra)), range(len(extra)))
+    return [(axis, turn % 2 == 1) for turn, axis in turns if turn < extra[axis]]
+
+
+def wrap(x: Tensor, axis: int, before: int, after: int) -> Tensor:
+    """Continues an axis periodically: the last `before` entries in front, the first `after` ones behind.
+
+    Args:
+        x: tensor with a static size along `axis`, at least `before` and `after`.
+        axis: the axis.
+        before: entries to add in front.
+        after: entries to add behind.
+
+    Returns:
+        Tensor of the same dtype.
+
+    Example:
+
+    >>> ops.convert_to_numpy(wrap(ops.array([1, 2, 3]), axis=0, before=2, after=1)).tolist()
+    [2, 3, 1, 2, 3, 1]
+    """
+    size = x.shape[axis]
+    front = (slice(None),) * axis
+    parts = [x[(*front, slice(size - before, size))]] if before else []
+    parts += [x, x[(*front, slice(0, after))]] if after else [x]
+    return ops.concatenate(parts, axis=axis) if len(parts) > 1 else x
+
+
+class _OrthogonalConvolution(ComposedKernel):
+    """What the orthogonal layers share. Mixin before a Keras convolution.
+
+    The weights are `mixing` and `bases`, the orthonormal factors of the kernel.
+    """
+
+    bases: Any = None
+    groups = 1  # transposed layers of Keras have none
+
+    def __init__(self, *args, **kwargs):
+        given = inspect.signature(super().__init__).bind(*args, **kwargs)
+        circular = str(given.arguments.get("padding")).lower() == "circular"
+        if circular:  # for Keras, a convolution without padding of an input that is continued first
+            given.arguments["padding"] = "valid"
+        super().__init__(*given.args, **given.kwargs)
+        self.circular = circular
+        if any(k < s for k, s in zip(self.kernel_size, self.strides, strict=True)):
+            raise ValueError(
+                "Expected kernel_size to be at least strides, since otherwise some inputs are never seen. "
+                f"Received: kernel_size={self.kernel_size}, strides={self.strides}"
+            )
+        if type(constraints.get(self.kernel_constraint)) is not constraints.Orthonormal:
+            raise ValueError(
+                f"Expected kernel_constraint=None or Orthonormal(), which keeps the factors of {type(self).__name__} "
+                f"orthonormal. Received: kernel_constraint={self.kernel_constraint}"
+            )
+        if self.circular and getattr(self, "output_padding", None) is not None:
+            raise ValueError(f"Expected no output padding on a circle. Received: output_padding={self.output_padding}")
+
+    def add_weight(self, *args, name=None, shape=None, regularizer=None, **kwargs):
+        if name != "kernel":
+            return super().add_weight(*args, name=name, shape=shape, regularizer=regularizer, **kwargs)
+        *window, inputs, filters = shape
+        area, outputs = math.prod(self.strides), filters // self.groups
+        channels = max(inputs, outputs // area)
+        pairs = len(two_tap_steps(window, self.strides))
+        kwargs["autocast"] = False  # half precision would lose the orthogonality of the factors
+        if pairs and channels > 1:
+            self.bases = super().add_weight(
+                name="bases",
+                shape=(channels, pairs * self.groups, channels // 2),
+                **{**kwargs, "initializer": _with_other_seed(kwargs["initializer"])},
+            )
+        self.mixing = super().add_weight(name="mixing", shape=(*self.strides, channels, filters), **kwargs)
+        self._inputs = inputs
+        return self.mixing
+
+    def compose(self):
+        bases = None if self.bases is None else at_least_float32(self.bases)
+        mixing = at_least_float32(self.mixing)
+        return _SHRINK * orthogonal_kernel(mixing, bases, self.kernel_size, self._inputs, self.groups)
+
+    def _axes(self):
+        """Axes of the inputs along which the window runs."""
+        start = 1 if self.data_format == "channels_last" else 2
+        return range(start, start + len(self.kernel_size))
+
+    def _wrap(self, inputs, before, after):
+        for axis, left, right in zip(self._axes(), before, after, strict=True):
+            inputs = wrap(inputs, axis, left, right)
+        return inputs
+
+    def _check_circle(self, shape, lengths, multiples):
+        for axis, least, multiple in zip(self._axes(), lengths, multiples, strict=True):
+            size = shape[axis]
+            if size is None or size < least or size % multiple:
+                raise ValueError(
+                    f"Expected {type(self).__name__} '{self.name}' with padding='circular' to receive inputs of "
+                    f"known size, at least {least} and a multiple of {multiple}. Received: shape={tuple(shape)}"
+                )
+
+    def get_config(self):
+        config = super().get_config()
+        return {**config, "padding": "circular"} if self.circular else config
+
+
+def _with_other_seed(initializer):
+    """The same initializer with another seed, so that factors of equal shape start different."""
+    initializer = keras.initializers.get(initializer)
+    if not isinstance(initializer, keras.initializers.Initializer):
+        return initializer
+    config = initializer.get_config()
+    if isinstance(config.get("seed"), int):
+        config["seed"] += 1
+    return type(initializer).from_config(config)
+
+
+@weight_geometries.register(_OrthogonalConvolution)
+def _(layer):
+    return {"mixing": Geometry(groups=layer.groups), "bases": Geometry(depthwise=True)}
+
+
+class _OrthogonalConv(_OrthogonalConvolution):
+    def _circle(self, shape):
+        """Cells to add before and after, so that without padding the output has size `size / strides`."""
+        total = [
+            d * (k - 1) + 1 - s for k, s, d in zip(self.kernel_size, self.strides, self.dilation_rate, strict=True)
+        ]
+        self._check_circle(shape, [t - t // 2 for t in total], self.strides)
+        return [t // 2 for t in total], [t - t // 2 for t in total]
+
+    def operate(self, inputs, kernel):
+        padding = self.padding
+        if self.circular:
+            inputs = self._wrap(inputs, *self._circle(inputs.shape))
+        elif padding == "causal":
+            widths = [(0, 0)] * len(inputs.shape)
+            widths[self._axes()[0]] = (self.dilation_rate[0] * (self.kernel_size[0] - 1), 0)
+            inputs, padding = ops.pad(inputs, widths), "valid"
+        return ops.conv(inputs, kernel, list(self.strides), padding, self.data_format, self.dilation_rate)
+
+    def compute_output_shape(self, input_shape):
+        if not self.circular:
+            return super().compute_output_shape(input_shape)
+        shape = list(input_shape)
+        for axis, before, after in zip(self._axes(), *self._circle(input_shape), strict=True):
+            shape[axis] += before + after
+        return super().compute_output_shape(tuple(shape))
+
+
+class _OrthogonalConvTranspose(_OrthogonalConvolution):
+    def _circle(self, shape):
+        """Cells to add before and after, and where the output, of size `size * strides`, then begins."""
+        sizes = list(zip(self.kernel_size, self.strides, self.dilation_rate, strict=True))
+        reach = [d * (k - 1) for k, s, d in sizes]
+        lefts = [(r + 1 - s) // 2 for r, s in zip(reach, self.strides, strict=True)]
+        before = [(r - left) // s for r, left, s in zip(reach, lefts, self.strides, strict=True)]
+        after = [-(-left // s) for left, s in zip(lefts, self.strides, strict=True)]
+        self._check_circle(shape, [max(pair) for pair in zip(before, after, strict=True)], [1] * len(sizes))
+        starts = [left + s * b for left, s, b in zip(lefts, self.strides, before, strict=True)]
+        return before, after, starts
+
+    def operate(self, inputs, kernel):
+        shape = inputs.shape
+        if self.circular:
+            before, after, starts = self._circle(shape)
+            inputs = self._wrap(inputs, before, after)
+        outputs = ops.conv_transpose(
+            inputs, kernel, list(self.strides), self.padding, self.output_padding, self.data_format, self.dilation_rate
+        )
+        if self.circular:
+            for axis, start, s in zip(self._axes(), starts, self.strides, strict=True):
+                outputs = outputs[(*(slice(None),) * axis, slice(start, start + s * shape[axis]))]
+        return outputs
+
+    def compute_output_shape(self, input_shape):
+        shape = list(super().compute_output_shape(input_shape))
+        if self.circular:
+            self._circle(input_shape)
+            for axis, s in zip(self._axes(), self.strides, strict=True):
+                shape[axis] = input_shape[axis] * s
+        return tuple(shape)
+
+
+@export
+class OrthogonalConv1D(_OrthogonalConv, keras.layers.Conv1D):
+    """`keras.layers.Conv1D` whose operator is orthogonal: it keeps norms and gradients, overlap or not.
+
+    All arguments are those of `keras.layers.Conv1D`, and `padding` may be `"circular"`: all singular values are 1
+    on a circle. With other paddings something is lost at the border, and the norm is at most 1. On a circle the layer
+    keeps the norm of inputs for `filters >= inputs * strides`, that of gradients for `filters <= inputs * strides`.
+
+    The weights are orthonormal factors, `mixing` and `bases`; `kernel` is composed of them in the forward pass, by
+    small products. `kernel_constraint` takes `None` or `Orthonormal()`; `kernel_initializer` draws the factors,
+    which are then made orthonormal; `kernel_regularizer` sees the composed kernel.
+
+    Input and output shapes: those of `keras.layers.Conv1D`; circular: `(batch, steps / strides, filters)`.
+
+    Raises:
+        ValueError: for a kernel size below the strides, another constraint, LoRA and quantization; for a circular
+            input of unknown size or one that the strides do not divide.
+
+    Example:
+
+    >>> import numpy as np, hkr_keras as hkr
+    >>> x = np.random.default_rng(0).normal(size=(1, 16, 4)).astype("float32")
+    >>> y = hkr.layers.OrthogonalConv1D(4, 3, padding="circular")(x)
+    >>> bool(abs(ops.norm(ops.reshape(y, (-1,))) / np.linalg.norm(x) - 1) < 1e-5)
+    True
+
+    Reference:
+        Li et al., NeurIPS 2019 (arXiv 1911.00937); Boissin et al., ICML 2025 (arXiv 2501.07930).
+    """
+
+    __signature__ = inspect.signature(keras.layers.Conv1D)
+
+
+@export
+class OrthogonalConv2D(_OrthogonalConv, keras.layers.Conv2D):
+    """`keras.layers.Conv2D` whose operator is orthogonal: it keeps norms and gradients, overlap or not.
+
+    As `OrthogonalConv1D`, in two dimensions.
+
+    Input and output shapes: those of `keras.layers.Conv2D`; circular: every size divided by the strides.
+
+    Example:
+
+    >>> import numpy as np, hkr_keras as hkr
+    >>> layer = hkr.layers.OrthogonalConv2D(8, 3, strides=2, padding="same")
+    >>> tuple(layer(np.ones((2, 8, 8, 3), "float32")).shape[1:])
+    (4, 4, 8)
+    >>> bool(0.999 < hkr.lipschitz_bound(layer) < 1 + 1e-6)
+    True
+
+    Reference:
+        Li et al., NeurIPS 2019 (arXiv 1911.00937); Boissin et al., ICML 2025 (arXiv 2501.07930).
+    """
+
+    __signature__ = inspect.signature(keras.layers.Conv2D)
+
+
+@export
+class OrthogonalConv1DTranspose(_OrthogonalConvTranspose, keras.layers.Conv1DTranspose):
+    """`keras.layers.Conv1DTranspose` whose operator is orthogonal: the adjoint of an `OrthogonalConv1D`.
+
+    All arguments are those of `keras.layers.Conv1DTranspose`, and `padding` may be `"circular"`; the rest is as for
+    `OrthogonalConv1D`. It keeps the norm of inputs for `inputs <= filters * strides`, on a circle and with
+    `padding="valid"`, which crops nothing.
+
+    Input and output shapes: those of `keras.layers.Conv1DTranspose`; circular: `(batch, steps * strides, filters)`.
+
+    Example:
+
+    >>> import numpy as np, hkr_keras as hkr
+    >>> layer = hkr.layers.OrthogonalConv1DTranspose(4, 4, strides=2, padding="same")
+    >>> tuple(layer(np.ones((2, 8, 3), "float32")).shape[1:])
+    (16, 4)
+
+    Reference:
+        Boissin et al., ICML 2025 (arXiv 2501.07930).
+    """
+
+    __signature__ = inspect.signature(keras.layers.Conv1DTranspose)
+
+
+@export
+class OrthogonalConv2DTranspose(_OrthogonalConvTranspose, keras.layers.Conv2DTranspose):
+    """`keras.layers.Conv2DTranspose` whose operator is orthogonal: the adjoint of an `OrthogonalConv2D`.
+
+    As `OrthogonalConv1DTranspose`, in two dimensions.
+
+    Input and output shapes: those of `keras.layers.Conv2DTranspose`; circular: every size times the strides.
+
+    Example:
+
+    >>> import numpy as np, hkr_keras as hkr
+    >>> tuple(hkr.layers.OrthogonalConv2DTranspose(4, 3, strides=2)(np.ones((2, 4, 4, 3), "float32")).shape[1:])
+    (9, 9, 4)
+
+    Reference:
+        Boissin et al., ICML 2025 (arXiv 2501.07930).
+    """
+
+    __signature__ = inspect.signature(keras.layers.Conv2DTranspose)
