@@ -33,15 +33,21 @@ def lipschitz_mlp(input_shape: Sequence[int], classes: int, widths: Sequence[int
 
 
 def lipschitz_cnn(
-    input_shape: Sequence[int], classes: int, filters: Sequence[int] = (16, 32), width: int = 64
+    input_shape: Sequence[int],
+    classes: int,
+    filters: Sequence[int] = (16, 32),
+    width: int = 64,
+    orthogonal: bool = False,
 ) -> keras.Sequential:
-    """Two 3x3 convolutions and an L2-norm pooling for each entry of `filters`, then a hidden layer and a head.
+    """A LeNet-sized net: for each entry of `filters` two 3x3 convolutions and a pooling, a hidden layer and a head.
 
     Args:
         input_shape: `(height, width, channels)`.
         classes: number of outputs; 1 for a binary score.
         filters: of the convolutions, even numbers.
         width: of the hidden layer, even.
+        orthogonal: `OrthogonalConv2D` and invertible down-sampling, which certify more and want sizes that 2
+            divides for every entry of `filters`, in place of reshaped kernels and L2-norm pooling.
 
     Returns:
         An uncompiled model with outputs `(batch, classes)`.
@@ -51,12 +57,57 @@ def lipschitz_cnn(
     >>> lipschitz_cnn((28, 28, 1), 10).output_shape
     (None, 10)
     """
+    convolution = layers.OrthogonalConv2D if orthogonal else layers.LipschitzConv2D
     model = keras.Sequential([keras.Input(tuple(input_shape))])
     for count in filters:
         for _ in range(2):
-            model.add(layers.LipschitzConv2D(count, 3, padding="same"))
+            model.add(convolution(count, 3, padding="same"))
             model.add(layers.GroupSort(2))
-        model.add(layers.L2NormPooling2D(2))
+        model.add(layers.InvertibleDownsampling2D(2) if orthogonal else layers.L2NormPooling2D(2))
+    model.add(keras.layers.Flatten())
+    model.add(layers.LipschitzDense(width))
+    model.add(layers.GroupSort(2))
+    model.add(layers.LipschitzDense(classes, kernel_constraint=UnitNorm()))
+    return model
+
+
+def lipschitz_resnet(
+    input_shape: Sequence[int],
+    classes: int,
+    channels: int = 32,
+    blocks: Sequence[int] = (2, 3, 3),
+    width: int = 64,
+) -> keras.Sequential:
+    """A residual net of about a million parameters: SLL blocks, and invertible down-sampling between stages.
+
+    Every stage mixes its channels with an orthogonal convolution and then applies `blocks` residual blocks
+    `x - 2 W relu(W^T x + b)`. Stages after the first have twice the channels, at half the size.
+
+    Args:
+        input_shape: `(height, width, channels)`, sizes that `2^(stages - 1)` divides.
+        classes: number of outputs; 1 for a binary score.
+        channels: of the first stage, even.
+        blocks: residual blocks of every stage.
+        width: of the hidden layer, even.
+
+    Returns:
+        An uncompiled model with outputs `(batch, classes)`.
+
+    Example:
+
+    >>> lipschitz_resnet((32, 32, 3), 10).output_shape
+    (None, 10)
+
+    Reference:
+        Araujo et al., ICLR 2023 (arXiv 2303.03169).
+    """
+    model = keras.Sequential([keras.Input(tuple(input_shape))])
+    for stage, count in enumerate(blocks):
+        if stage:
+            model.add(layers.InvertibleDownsampling2D(2))
+        model.add(layers.OrthogonalConv2D(channels * 2**stage, 3, padding="same"))
+        for _ in range(count):
+            model.add(layers.SLLConv2D(channels * 2**stage, 3))
     model.add(keras.layers.Flatten())
     model.add(layers.LipschitzDense(width))
     model.add(layers.GroupSort(2))

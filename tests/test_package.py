@@ -12,8 +12,8 @@ import hkr_keras as hkr
 
 CONTRACT = {
     hkr: (
-        "lipschitz_bound lipschitz_summary certify Certificate layers losses metrics callbacks constraints datasets "
-        "plotting"
+        "lipschitz_bound lipschitz_summary certify certify_outputs certify_top_k Certificate layers losses metrics "
+        "callbacks constraints datasets plotting"
     ),
     hkr.layers: (
         "LipschitzDense LipschitzConv1D LipschitzConv2D LipschitzConv3D LipschitzConv1DTranspose "

@@ -191,10 +191,8 @@ class _Residual(LipschitzLayer, keras.layers.Layer):
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.bias_initializer = keras.initializers.get(bias_initializer)
 
-    def _add_weights(self, shape):
-        self.unscaled = self.add_weight(
-            name="unscaled", shape=shape, initializer=self.kernel_initializer, autocast=False
-        )
+    def _add_weights(self, shape, initializer):
+        self.unscaled = self.add_weight(name="unscaled", shape=shape, initializer=initializer, autocast=False)
         self.bias = self.add_weight(name="bias", shape=shape[-1:], initializer=self.bias_initializer)
         self.built = True
 
@@ -212,6 +210,18 @@ class _Residual(LipschitzLayer, keras.layers.Layer):
             "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
             "bias_initializer": keras.initializers.serialize(self.bias_initializer),
         }
+
+
+class _AtCentre(keras.initializers.Initializer):
+    """A kernel `(*window, inputs, outputs)` that is zero but for the centre, which another initializer makes."""
+
+    def __init__(self, initializer):
+        self.initializer = initializer
+
+    def __call__(self, shape, dtype=None):
+        *window, inputs, outputs = shape
+        centre = ops.reshape(self.initializer((inputs, outputs), dtype=dtype), (*(1 for _ in window), inputs, outputs))
+        return ops.pad(centre, [*((k // 2, k // 2) for k in window), (0, 0), (0, 0)])
 
 
 @export
@@ -253,7 +263,7 @@ class SLLDense(_Residual):
         self.units = units
 
     def build(self, input_shape):
-        self._add_weights((input_shape[-1], self.units))
+        self._add_weights((input_shape[-1], self.units), self.kernel_initializer)
 
     def call(self, inputs):
         kernel = ops.cast(self.kernel, self.compute_dtype)
@@ -273,7 +283,7 @@ class SLLConv2D(_Residual):
     Args:
         filters: channels inside the block. The output has the channels of the input.
         kernel_size: odd height and width of the window, or one integer for both.
-        kernel_initializer: of the weight that is rescaled to W.
+        kernel_initializer: of the centre of the window; the rest starts at 0, so that the block starts as reflections.
         bias_initializer: of b.
         **kwargs: of `keras.layers.Layer`.
 
@@ -307,7 +317,7 @@ class SLLConv2D(_Residual):
         self.input_spec = keras.layers.InputSpec(ndim=4)
 
     def build(self, input_shape):
-        self._add_weights((*self.kernel_size, input_shape[-1], self.filters))
+        self._add_weights((*self.kernel_size, input_shape[-1], self.filters), _AtCentre(self.kernel_initializer))
 
     def call(self, inputs):
         kernel = ops.cast(self.kernel, self.compute_dtype)

@@ -1,0 +1,175 @@
+"""Trains a network, certifies the test set with the real head, attacks a sample, prints and stores the figures.
+
+    KERAS_BACKEND=tensorflow python benchmarks/certified_accuracy.py --dataset fashion_mnist --model cnn_orthogonal \\
+        --loss hkr --alpha 50 --margin 0.5 --epochs 4 --json results.jsonl
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import time
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import keras
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+import hkr_keras as hkr
+
+EPSILONS = (36 / 255, 0.25, 0.5, 1.0)
+MODELS = {
+    "mlp": hkr.models.lipschitz_mlp,
+    "cnn": hkr.models.lipschitz_cnn,
+    "cnn_orthogonal": lambda shape, classes: hkr.models.lipschitz_cnn(shape, classes, orthogonal=True),
+    "cnn_wide": lambda shape, classes: hkr.models.lipschitz_cnn(shape, classes, (32, 64), 256, orthogonal=True),
+    "resnet": hkr.models.lipschitz_resnet,
+}
+LOSSES = {
+    "hkr": lambda o: hkr.losses.MulticlassHKR(o.alpha, o.margin),
+    "soft_hkr": lambda o: hkr.losses.SoftHKR(o.alpha, o.margin),
+    "log_sum_exp_hkr": lambda o: hkr.losses.LogSumExpHKR(o.alpha, o.margin),
+    "crossentropy": lambda o: hkr.losses.MarginCrossentropy(o.temperature, o.margin),
+}
+
+
+def flipped(x, rng):
+    """Every second image mirrored, by chance."""
+    mirror = rng.random(len(x)) < 0.5
+    return np.where(mirror[:, None, None, None], x[:, :, ::-1], x)
+
+
+def shifted(x, pixels: int, rng):
+    """Images moved by up to some pixels, zeros coming in."""
+    padded = np.pad(x, ((0, 0), (pixels, pixels), (pixels, pixels), (0, 0)))
+    moves = rng.integers(0, 2 * pixels + 1, (len(x), 2))
+    return np.stack([p[i : i + x.shape[1], j : j + x.shape[2]] for p, (i, j) in zip(padded, moves, strict=True)])
+
+
+class Augmented(keras.utils.PyDataset):
+    """Batches in random order, mirrored and moved by chance."""
+
+    def __init__(self, x, y, batch_size: int, flip: bool, shift: int, seed: int):
+        super().__init__()
+        self.x, self.y, self.batch_size, self.flip, self.shift = x, y, batch_size, flip, shift
+        self.rng = np.random.default_rng(seed)
+        self.on_epoch_end()
+
+    def __len__(self):
+        return len(self.x) // self.batch_size
+
+    def __getitem__(self, index):
+        rows = self.order[index * self.batch_size : (index + 1) * self.batch_size]
+        x = self.x[rows]
+        x = flipped(x, self.rng) if self.flip else x
+        return (shifted(x, self.shift, self.rng) if self.shift else x), self.y[rows]
+
+    def on_epoch_end(self):
+        self.order = self.rng.permutation(len(self.x))
+
+
+def attacked_accuracy(model, certificate, data, count: int, steps: int) -> dict[str, float]:
+    """Accuracy under attack, of the first inputs: right, and not broken by any attack within epsilon."""
+    from break_certificates import ATTACKS, Target, is_broken
+
+    x, right = data.x_test[:count].astype("float32"), certificate.is_correct(data.y_test)[:count]
+    found = {}
+    for epsilon in EPSILONS:
+        target = Target(model, x, np.full(len(x), epsilon), certificate.prediction[:count])
+        broken = np.zeros(len(x), dtype=bool)
+        for name in ("PGD", "DeepFool", "DDN"):
+            for points in ATTACKS[name](target, steps):
+                broken |= is_broken(target, points)
+        if (broken & (certificate.radius[:count] >= epsilon)).any():
+            raise RuntimeError(f"A certificate was broken at epsilon={epsilon}")
+        found[f"{epsilon:.3g}"] = float((right & ~broken).mean())
+    return found
+
+
+def run(options) -> dict:
+    """Trains and certifies; the figures of one line."""
+    keras.utils.set_random_seed(options.seed)
+    data = hkr.datasets.load(options.dataset, 0)
+    if options.train:
+        data = dataclasses.replace(data, x_train=data.x_train[: options.train], y_train=data.y_train[: options.train])
+    model = MODELS[options.model](data.x_train.shape[1:], data.classes)
+    steps = options.epochs * (len(data.x_train) // options.batch)
+    schedule = keras.optimizers.schedules.CosineDecay(
+        options.rate / 20, steps, warmup_target=options.rate, warmup_steps=max(1, steps // 20)
+    )
+    model.compile(keras.optimizers.Adam(schedule), loss=LOSSES[options.loss](options))
+    batches = Augmented(data.x_train, data.y_train, options.batch, options.flip, options.shift, options.seed)
+    start = time.perf_counter()
+    model.fit(batches, epochs=options.epochs, verbose=options.verbose, callbacks=[hkr.callbacks.Orthonormalize()])
+    seconds = time.perf_counter() - start
+    certificate = hkr.certify(model, data.x_test, batch_size=512, verbose=0)
+    result = {
+        **{name: value for name, value in vars(options).items() if name not in ("json", "verbose", "attack", "train")},
+        "backend": keras.backend.backend(),
+        "parameters": model.count_params(),
+        "seconds": round(seconds, 1),
+        "bound": certificate.bound,
+        "clean": certificate.accuracy(data.y_test),
+        **{f"certified_{e:.3g}": certificate.accuracy(data.y_test, e) for e in EPSILONS},
+        "mean_radius": certificate.mean_radius(data.y_test),
+    }
+    if options.attack:
+        found = attacked_accuracy(model, certificate, data, options.attack, steps=20)
+        result |= {f"attacked_{epsilon}": value for epsilon, value in found.items()}
+    return result
+
+
+def show(results: list[dict]) -> None:
+    """Prints the table of some results."""
+    table = Table(
+        title=f"Certified accuracy, percent; {os.cpu_count()} x {platform.machine()}, Keras {keras.__version__}"
+    )
+    columns = ["clean", *(f"certified_{e:.3g}" for e in EPSILONS), *(f"attacked_{e:.3g}" for e in EPSILONS)]
+    columns = [name for name in columns if any(name in result for result in results)]
+    for name in ("data", "model", "loss", "epochs", "s", *(c.replace("_", " ") for c in columns), "mean radius"):
+        table.add_column(name, justify="right" if name not in ("data", "model", "loss") else "left")
+    for r in results:
+        weights = f"temperature {r['temperature']:g}" if r["loss"] == "crossentropy" else f"alpha {r['alpha']:g}"
+        table.add_row(
+            *(r["dataset"], r["model"], f"{r['loss']}, {weights}, margin {r['margin']:g}", str(r["epochs"])),
+            *(
+                f"{r['seconds']:.0f}",
+                *(f"{100 * r[c]:.1f}" if c in r else "" for c in columns),
+                f"{r['mean_radius']:.3f}",
+            ),
+        )
+    Console(width=200).print(table)
+
+
+def main() -> None:
+    """Runs one recipe, or shows stored results."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dataset", choices=("digits", "mnist", "fashion_mnist", "cifar10"), default="fashion_mnist")
+    parser.add_argument("--model", choices=MODELS, default="cnn_orthogonal")
+    parser.add_argument("--loss", choices=LOSSES, default="hkr")
+    parser.add_argument("--alpha", type=float, default=50.0)
+    parser.add_argument("--margin", type=float, default=0.5)
+    parser.add_argument("--temperature", type=float, default=10.0)
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--rate", type=float, default=3e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--flip", action="store_true", help="mirror images by chance")
+    parser.add_argument("--shift", type=int, default=0, help="move images by up to this many pixels")
+    parser.add_argument("--train", type=int, help="use the first training inputs only")
+    parser.add_argument("--attack", type=int, default=0, help="attack this many test inputs with foolbox")
+    parser.add_argument("--verbose", default=2, type=int)
+    parser.add_argument("--json", help="append the figures to this file, one JSON object per line")
+    options = parser.parse_args()
+    result = run(options)
+    show([result])
+    if options.json:
+        with open(options.json, "a") as file:
+            print(json.dumps(result), file=file)
+
+
+if __name__ == "__main__":
+    main()

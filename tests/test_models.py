@@ -1,0 +1,48 @@
+"""The named architectures: constants, gradients, training, storage."""
+
+import keras
+import numpy as np
+import pytest
+from helpers import gradient, normal
+
+import hkr_keras as hkr
+from hkr_keras import models
+
+SMALL = {
+    "mlp": lambda: models.lipschitz_mlp((8, 8, 1), 3, widths=(16, 8)),
+    "cnn": lambda: models.lipschitz_cnn((8, 8, 1), 3, filters=(4, 4), width=8),
+    "cnn_orthogonal": lambda: models.lipschitz_cnn((8, 8, 1), 3, filters=(4, 4), width=8, orthogonal=True),
+    "resnet": lambda: models.lipschitz_resnet((8, 8, 1), 3, channels=4, blocks=(1, 1), width=8),
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_every_output_is_one_lipschitz_before_and_after_training(name):
+    model, x, y = SMALL[name](), normal((32, 8, 8, 1)), np.arange(32) % 3
+    model.compile(keras.optimizers.Adam(1e-2), hkr.losses.MulticlassHKR())
+    for _ in range(2):
+        before = keras.Model(model.inputs, model.layers[-2].output)
+        assert hkr.lipschitz_bound(before) <= 1 + 4e-3  # what lies between frequencies, of one reshaped convolution
+        lengths = np.linalg.norm(keras.ops.convert_to_numpy(model.layers[-1].kernel), axis=0)
+        np.testing.assert_allclose(lengths, 1.0, atol=1e-6)
+        model.fit(x, y, epochs=1, batch_size=16, verbose=0, callbacks=[hkr.callbacks.Orthonormalize()])
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_storage(name, tmp_path):
+    model, x = SMALL[name](), normal((4, 8, 8, 1))
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    np.testing.assert_allclose(loaded.predict(x, verbose=0), model.predict(x, verbose=0), atol=1e-6)
+    assert hkr.lipschitz_bound(loaded) == pytest.approx(hkr.lipschitz_bound(model), rel=1e-6)
+
+
+def test_gradients_pass_through_a_deep_residual_net():
+    model = models.lipschitz_resnet((8, 8, 2), 4, channels=4, blocks=(10, 10), width=16)
+    norms = np.linalg.norm(gradient(lambda x: model(x)[:, :1], normal((8, 8, 8, 2))).reshape(8, -1), axis=1)
+    assert np.all(norms <= 1 + 1e-5)
+    assert np.all(norms >= 0.3)
+
+
+def test_size_of_the_residual_net():
+    assert 0.9e6 < models.lipschitz_resnet((28, 28, 1), 10).count_params() < 1.4e6
