@@ -43,7 +43,8 @@ def check_is_itself(layer, registry) -> None:
     if changed:
         raise ValueError(
             f"Expected a subclass of {known.__name__} that computes the same function; a bound for it must be "
-            f"registered with @hkr_keras.bounds.layer_bound.register({type(layer).__name__}). "
+            f"registered with @hkr_keras.bounds.layer_bound.register({type(layer).__name__}) (and its rounding with "
+            "hkr_keras.rounding.layer_rounding, for a rigorous certificate). "
             f"Received: {type(layer).__name__} '{layer.name}', which overrides {', '.join(sorted(changed))}"
         )
     check_no_hooks(layer)

@@ -25,6 +25,7 @@ from keras import ops
 from hkr_keras import bounds
 from hkr_keras import layers as hkr_layers
 from hkr_keras.bounds import Flow
+from hkr_keras.checks import check_is_itself
 from hkr_keras.geometry import kernel_geometries
 from hkr_keras.layers.base import ComposedKernel
 from hkr_keras.spectra import absolute_bound, host, kernel_bound
@@ -220,7 +221,8 @@ def _pooling(layer) -> Rule:
 
     def rule(x, y):
         cells = math.prod(layer.pool_size if hasattr(layer, "pool_size") else bounds.spatial_sizes(layer, x.shape))
-        return relative(accumulated(cells + 8) * bounds.constant_of(layer, [x.shape]))(x, y)
+        bound = bounds.constant_of(layer, [x.shape])
+        return relative(accumulated(cells + 8) * bound, gain=bound)(x, y)
 
     return rule
 
@@ -445,9 +447,11 @@ class Tracer:
 
 
 def _known(layer, traces: list[Trace], shapes) -> _Known:
+    registered = layer_rounding if len(traces) == 1 else merge_rounding
+    check_is_itself(layer, registered.registry)  # a subclass with a bound of its own may compute anything
     return _Known(
         flow=bounds.flow_through(layer, [trace.flow for trace in traces], shapes),
-        rule=layer_rounding(layer) if len(traces) == 1 else merge_rounding(layer),
+        rule=registered(layer),
         bound=bounds.constant_of(layer, [trace.value.shape for trace in traces]),
         exact=_in_float64(layer) if layer_rounding.dispatch(type(layer)) is _kernel_layer else None,
     )

@@ -60,6 +60,12 @@ def test_a_registered_subclass_is_no_head(registered):
         assert certificate.radius[0] == pytest.approx(0.5**0.5)  # the class flips half way to (0, 1)
 
 
+def test_a_registered_subclass_has_no_rounding_of_its_base(registered):
+    for layers in ([Ten(2, kernel_initializer="identity")], [TenTimes(), identity()]):
+        with pytest.raises(ValueError, match="overrides call"):
+            hkr.certify(keras.Sequential([keras.Input((2,)), *layers]), X, verbose=0, rigorous=True)
+
+
 def test_a_stale_predict_function_is_not_used():
     model = keras.Sequential([keras.Input((2,)), identity(), hkr.layers.Scale(10.0)])
     model.compile()
