@@ -18,11 +18,13 @@ from hkr_keras import layers as hkr_layers
 from hkr_keras.checks import (
     build_shape,
     check_arguments,
+    check_batch_apart,
     check_built,
     check_is_itself,
     check_is_plain_model,
     check_kernel_layer,
     check_merge,
+    check_model_shapes,
     check_numbers,
     check_shape,
     check_sizes,
@@ -66,7 +68,7 @@ ACTIVATION_BOUNDS: dict[Any, float] = {
     _a.softmax: 0.5,
     _a.sparse_sigmoid: 0.5,
     _a.sigmoid: 0.25,
-    _a.hard_sigmoid: 1 / 6,
+    _a.hard_sigmoid: math.nextafter(1 / 6, 1),
     _a.silu: 1.0998394,  # rounded up, as all of these
     _a.mish: 1.0885,
     _a.gelu: 1.1289100,
@@ -327,22 +329,24 @@ def _average_norm(k: int, stride: int, size: int | None, padding: str) -> float:
     return matrix_spectrum(matrices).bound
 
 
+def _time_distributed(layer, shape=None) -> float:
+    shape = shape or build_shape(layer)
+    return _bound(layer.layer, None if shape is None else (shape[0], *shape[2:]))
+
+
 def _global_average(layer, shape=None) -> float:
     cells = spatial_sizes(layer, shape) if shape else (None,)
     return 1.0 if None in cells else 1.0 / math.sqrt(math.prod(cells))
 
 
-def _softmax(layer, shape=None) -> float:
-    axes = (layer.axis,) if isinstance(layer.axis, int) else tuple(layer.axis)
-    if any(axis == 0 or (axis < -1 and (shape is None or axis + len(shape) == 0)) for axis in axes):
-        raise ValueError(f"Expected inputs to stay apart in the batch. Received: {layer.name}.axis={layer.axis}")
-    return 1.0
-
-
-_register(_softmax, _k.Softmax)
+_register(_one, _k.Softmax)
 _register(_average_pooling, _k.AveragePooling1D, _k.AveragePooling2D, _k.AveragePooling3D)
 _register(_global_average, _k.GlobalAveragePooling1D, _k.GlobalAveragePooling2D, _k.GlobalAveragePooling3D)
-_SIZED = {_average_pooling, _global_average, _softmax}  # rules that take the shape of the input too, when it is known
+_SIZED = {
+    _average_pooling,
+    _global_average,
+    _time_distributed,
+}  # rules that take the shape of the input too, when it is known
 
 
 def _upsampling(layer) -> float:
@@ -355,7 +359,7 @@ def _upsampling(layer) -> float:
 
 _register(_upsampling, _k.UpSampling1D, _k.UpSampling2D, _k.UpSampling3D)
 _register(lambda layer: math.sqrt(layer.n), _k.RepeatVector)
-_register(lambda layer: lipschitz_bound(layer.layer), _k.TimeDistributed)
+_register(_time_distributed, _k.TimeDistributed)
 
 
 @layer_bound.register(hkr_layers.BatchCentering)
@@ -509,12 +513,12 @@ def walk(layer, states: list[State], apply: Apply, shapes: list | None = None) -
     if is_model and isinstance(layer, keras.Sequential):
         check_is_plain_model(layer, keras.Sequential)
         if layer._functional is not None:  # what runs, whatever has become of the list of layers
-            return _walk_graph(layer._functional, states, apply)
+            return _walk_graph(layer._functional, states, apply, shapes)
         for inner in layer.layers:
             states = walk(inner, states, apply)
         return states
     if is_model:
-        return _walk_graph(layer, states, apply)
+        return _walk_graph(layer, states, apply, shapes)
     if len(states) > 1:
         check_is_itself(layer, merge_bound.registry)
         check_merge(layer, shapes)
@@ -537,8 +541,9 @@ def flow_through(layer, flows: list[Flow], shapes: list) -> Flow:
     if rule is _one and isinstance(layer, (keras.layers.Dropout, keras.layers.Identity)):
         return Flow(constants, flow.head)
     if rule is _factor and flow.head is not None:
-        factor = abs(layer.k) * (1 + EPSILON)
-        return Flow(constants, Head(flow.head.matrix * layer.k, flow.head.constants, flow.head.rounding * factor))
+        factor, size = abs(layer.k) * (1 + EPSILON), float(np.linalg.norm(flow.head.matrix))
+        rounding = factor * (flow.head.rounding + 2 * EPSILON * size)
+        return Flow(constants, Head(flow.head.matrix * layer.k, flow.head.constants, rounding))
     return Flow(constants)
 
 
@@ -565,11 +570,12 @@ def _behind(head: Head | None, kernel: np.ndarray, constants: np.ndarray) -> Hea
     return Head(head.matrix @ kernel, head.constants, rounding * (1 + 8 * EPSILON) + tiny)
 
 
-def _walk_graph(model, states: list[State], apply: Apply) -> list[State]:
+def _walk_graph(model, states: list[State], apply: Apply, shapes: list) -> list[State]:
     classes = (
         cls for cls in type(model).__mro__ if cls.__name__ == "Functional" and cls.__module__.startswith("keras.")
     )
     check_is_plain_model(model, next(classes, None))
+    check_model_shapes(model, shapes)
     known = {id(tensor): state for tensor, state in zip(model.inputs, states, strict=True)}
     for depth in sorted(model._nodes_by_depth, reverse=True):
         for node in model._nodes_by_depth[depth]:
@@ -654,8 +660,11 @@ def lipschitz_bound(model) -> float:
 def _bound(layer, shape=None) -> float:
     """The bound of a layer, for inputs of that shape when it is known."""
     if isinstance(layer, keras.Model) and type(layer) not in layer_bound.registry:
+        if shape is not None:
+            check_model_shapes(layer, [shape])
         return lipschitz_bound(layer)
     check_is_itself(layer, layer_bound.registry)
+    check_batch_apart(layer, shape)
     if kernel_geometries(layer):
         check_built(layer)
     check_shape(layer, shape)

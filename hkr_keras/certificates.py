@@ -7,7 +7,8 @@ import math
 import numpy as np
 
 from hkr_keras import margins
-from hkr_keras.evaluation import ROUNDED_DOWN, evaluate, versions
+from hkr_keras.evaluation import ROUNDED_DOWN, check_inputs, evaluate, versions
+from hkr_keras.rounding import norms
 
 _NORMS = (1, 2, math.inf)
 
@@ -24,7 +25,8 @@ _DEPLOYED = (
     "Changed inputs are float32 numbers.",
     "Arithmetic is IEEE 754 with rounding to nearest; sums run in any order, fused or not, and subnormal numbers may "
     "be flushed to zero.",
-    "Products are not computed in TF32 or half precision, nor by Winograd or FFT convolutions.",
+    "Products are not computed in TF32 or half precision, nor by Winograd or FFT convolutions; the backend's layers "
+    "compute what they are documented to compute.",
     "Sines, cosines, exponentials and reciprocal roots are right to 4 units in the last place.",
 )
 
@@ -162,6 +164,11 @@ class Certificate:
         """
         try:
             stored = json.loads(text)
+            dimension = stored.get("dimension")
+            if not all(type(label) is int for label in stored["prediction"]):
+                raise ValueError("predictions are integers")
+            if dimension is not None and (type(dimension) is not int or dimension < 1):
+                raise ValueError("the dimension is a positive integer")
             certificate = cls(
                 np.array([math.inf if radius is None else radius for radius in stored["radius"]], dtype=np.float64),
                 np.asarray(stored["prediction"], dtype=np.int64),
@@ -169,20 +176,22 @@ class Certificate:
                 int(stored["classes"]),
                 str(stored["method"]),
                 stored.get("rigorous", False) is True,
-                stored.get("dimension"),
+                dimension,
                 stored.get("model_sha256"),
                 {str(name): str(version) for name, version in stored["versions"].items()},
             )
-            if certificate.radius.shape != certificate.prediction.shape or not (certificate.radius >= 0).all():
+            shapes = {certificate.radius.shape, certificate.prediction.shape}
+            if shapes != {(len(certificate.radius),)} or not (certificate.radius >= 0).all():
                 raise ValueError("one radius of at least 0 for every prediction")
             return certificate
-        except (AttributeError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"Expected the JSON text of a certificate. Received: text={text[:80]!r}") from error
+        except (ArithmeticError, AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+            raise ValueError(f"Expected the JSON text of a certificate. Received: text={str(text)[:80]!r}") from error
 
     def verify(self, model, x, batch_size: int = 128, verbose="auto") -> "Verification":
         """Certifies again and compares: the model, the predictions, and that no stored radius is too large.
 
-        Radii are compared up to 0.1 % and 1e-5, since another backend or batch size rounds the outputs otherwise.
+        Radii are compared up to 0.1 %, and a millionth of the length of the input and of the largest radius, since
+        another backend or batch size rounds the outputs otherwise.
 
         Args:
             model, x: what the certificate is said to be about.
@@ -206,15 +215,19 @@ class Certificate:
         if len(again.radius) != len(self.radius):
             differences.append(f"inputs: expected {len(self.radius)}, found {len(again.radius)}")
             return Verification(tuple(differences))
+        if self.dimension is not None and self.dimension != again.dimension:
+            differences.append(f"dimension: expected {self.dimension}, found {again.dimension}")
         if (self.classes, self.method) != (again.classes, again.method):
             differences.append(f"method: expected {self.method}, found {again.method}")
         if not self.bound >= again.bound * (1 - 1e-9):
             differences.append(f"bound: expected {self.bound}, found {again.bound}")
-        certified = self.radius > 0  # elsewhere nothing is claimed
-        for index in np.flatnonzero(certified & (self.prediction != again.prediction))[:3]:
+        for index in np.flatnonzero(self.prediction != again.prediction)[:3]:
             pair = self.prediction[index], again.prediction[index]
             differences.append(f"prediction of input {index}: expected {pair[0]}, found {pair[1]}")
-        for index in np.flatnonzero(self.radius > again.radius * 1.001 + 1e-5)[:3]:
+        finite = again.radius[np.isfinite(again.radius)]
+        lengths = np.sqrt(sum(np.square(norms(array)) for array in check_inputs(model, x)))
+        allowed = again.radius * 1.001 + 1e-6 * (lengths + finite.max(initial=0.0))
+        for index in np.flatnonzero(self.radius > allowed)[:3]:
             differences.append(f"radius of input {index}: expected {self.radius[index]}, found {again.radius[index]}")
         return Verification(tuple(differences))
 

@@ -99,6 +99,35 @@ def check_shape(layer, shape) -> None:
         )
 
 
+def check_batch_apart(layer, shape) -> None:
+    """Refuses an axis that is, or for an unknown shape may be, the batch."""
+    axis = getattr(layer, "axis", None)
+    axes = [] if axis is None else [axis] if isinstance(axis, (int, np.integer)) else list(axis)
+    known = shape or build_shape(layer)
+    if any(a == 0 or (a < -1 and (known is None or a + len(known) <= 0)) for a in axes):
+        raise ValueError(
+            f"Expected inputs to stay apart in the batch. Received: {layer.name}.axis={axis}, shape={known}"
+        )
+
+
+def check_model_shapes(model, shapes) -> None:
+    """Refuses inputs of other sizes than a model was made for: its layers may broadcast them.
+
+    Raises:
+        ValueError: for another number of inputs, another rank, or another size where the model knows it.
+    """
+    expected = [tuple(tensor.shape) for tensor in model.inputs]
+    for name, own, given in zip([t.name for t in model.inputs], expected, shapes, strict=True):
+        if given is None:
+            continue
+        same = len(own) == len(given) and all(a is None or a == b for a, b in zip(own[1:], given[1:], strict=True))
+        if not same:
+            raise ValueError(
+                f"Expected inputs of the shape that model '{model.name}' was made for, {own}. "
+                f"Received: '{name}' of shape {tuple(given)}"
+            )
+
+
 def check_numbers(layer, arrays, shape: tuple) -> None:
     """Refuses arrays of another shape than the one the layer made for them."""
     for array in arrays:
@@ -111,6 +140,11 @@ def check_numbers(layer, arrays, shape: tuple) -> None:
 
 def check_kernel_layer(layer) -> None:
     """Refuses a kernel layer whose bias or groups are not those of its kernel."""
+    if getattr(layer, "lora_enabled", False):
+        raise ValueError(
+            "Expected a kernel that is stored as it is used: merge its LoRA weights first. "
+            f"Received: {type(layer).__name__} '{layer.name}' with lora_enabled=True"
+        )
     kernels, built = kernel_geometries(layer), build_shape(layer)
     name, geometry = list(kernels.items())[-1]
     shape = getattr(layer, name).shape

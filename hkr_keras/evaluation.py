@@ -10,6 +10,7 @@ import numpy as np
 
 from hkr_keras import bounds
 from hkr_keras._version import __version__
+from hkr_keras.checks import check_model_shapes
 from hkr_keras.rounding import LARGEST, TINY, Affine, Tracer, norms
 
 ROUNDED_DOWN = 1 - 1e-9  # covers the float64 rounding of whatever the radius is made of
@@ -145,7 +146,9 @@ def evaluate(model, x, batch_size: int, verbose, rigorous: bool) -> Evaluation:
     Args and errors: those of `hkr_keras.certify`.
     """
     _check_model(model)
-    arrays = _check_inputs(x)
+    if not isinstance(batch_size, (int, np.integer)) or batch_size < 1:
+        raise ValueError(f"Expected a batch size of at least 1. Received: batch_size={batch_size}")
+    arrays = check_inputs(model, x)
     one_sided: dict[int, bool] = {}  # which tensors cannot change their sign
 
     def apply(layer, flows, shapes):
@@ -160,9 +163,12 @@ def evaluate(model, x, batch_size: int, verbose, rigorous: bool) -> Evaluation:
     error, before, since, largest = None, None, None, None
     moved = _moved(model, arrays, rigorous)
     if rigorous:
-        _check_precision(model)
-        arrays = _in_float32(model, x)
+        _check_rigorous(model)
+        arrays = [array.astype(np.float32) for array in arrays]
         x = arrays if len(arrays) > 1 else arrays[0]
+        if by_name := _by_name(model):
+            position = {id(tensor): i for i, tensor in enumerate(model.inputs)}
+            x = {name: arrays[position[id(tensor)]] for name, tensor in by_name.items()}
     model.make_predict_function(force=True)  # an old one may hold layers or numbers that have changed since
     outputs = np.asarray(model.predict(x, batch_size=batch_size, verbose=verbose), dtype=np.float64)
     if not np.isfinite(outputs).all():
@@ -180,15 +186,48 @@ def evaluate(model, x, batch_size: int, verbose, rigorous: bool) -> Evaluation:
     return Evaluation(outputs, centre, off, flows[0], sided, identity, error, before, since, largest, moved)
 
 
-def _check_inputs(x) -> list[np.ndarray]:
+def check_inputs(model, x) -> list[np.ndarray]:
+    """The inputs as arrays, in the order and of the ranks of the model's.
+
+    Raises:
+        ValueError: for inputs that are empty, not finite, no numbers, or of another shape than the model's.
+    """
+    inputs = getattr(model, "inputs", None) or []
+    if isinstance(x, dict) and inputs:
+        names = [tensor.name for tensor in inputs]
+        if by_name := _by_name(model):
+            names = [next(name for name, own in by_name.items() if own is tensor) for tensor in inputs]
+        if set(names) != set(x):
+            raise ValueError(f"Expected the inputs {names}. Received: x with {sorted(x)}")
+        x = [x[name] for name in names]
     arrays = [np.asarray(array) for array in keras.tree.flatten(x)]
-    if not arrays or any(array.size == 0 for array in arrays):
+    if not arrays or any(array.size == 0 or array.ndim == 0 for array in arrays):
         raise ValueError(f"Expected at least one input. Received: x with shapes {[array.shape for array in arrays]}")
     if any(array.dtype.kind not in "fiub" for array in arrays):
         raise ValueError(f"Expected numeric inputs. Received: x of dtypes {[str(array.dtype) for array in arrays]}")
     if not all(np.isfinite(array).all() for array in arrays):
         raise ValueError("Expected finite inputs. Received: x with NaN or infinite entries")
+    if len({len(array) for array in arrays}) > 1:
+        raise ValueError(f"Expected inputs of equal length. Received: {[len(array) for array in arrays]}")
+    if inputs:
+        if len(arrays) != len(inputs):
+            raise ValueError(f"Expected {len(inputs)} inputs. Received: {len(arrays)} arrays")
+        arrays = [_of_rank(array, len(tensor.shape)) for array, tensor in zip(arrays, inputs, strict=True)]
+        check_model_shapes(model, [array.shape for array in arrays])
     return arrays
+
+
+def _by_name(model) -> dict | None:
+    """The symbolic inputs of a model that was made of a dictionary of them."""
+    inputs = getattr(model, "input", None)
+    return inputs if isinstance(inputs, dict) else None
+
+
+def _of_rank(array: np.ndarray, rank: int) -> np.ndarray:
+    """As Keras does: images without a channel axis get one."""
+    if array.ndim == rank - 1:
+        return array[..., None]
+    return array[..., 0] if array.ndim == rank + 1 and array.shape[-1] == 1 else array
 
 
 def _moved(model, arrays, rigorous: bool) -> np.ndarray:
@@ -208,33 +247,6 @@ def _moved(model, arrays, rigorous: bool) -> np.ndarray:
         difference = array.astype(np.longdouble) - single
         squares += np.square(norms(difference))
     return np.sqrt(squares) / ROUNDED_DOWN
-
-
-def _in_float32(model, x) -> list[np.ndarray]:
-    """The inputs as float32, in the order and of the ranks of the model's."""
-    if not getattr(model, "inputs", None):
-        raise ValueError(
-            "Expected a Sequential or functional model for a rigorous certificate, since rounding is followed layer by "
-            f"layer. Received: {type(model).__name__} '{model.name}'"
-        )
-    if isinstance(x, dict):
-        names = [tensor.name for tensor in model.inputs]
-        if set(names) != set(x):
-            raise ValueError(f"Expected the inputs {names}. Received: x with {sorted(x)}")
-        arrays = [np.asarray(x[name]) for name in names]
-    else:
-        arrays = [np.asarray(array) for array in keras.tree.flatten(x)]
-    if len(arrays) != len(model.inputs):
-        raise ValueError(f"Expected {len(model.inputs)} inputs. Received: {len(arrays)} arrays")
-    rounded = []
-    for array, tensor in zip(arrays, model.inputs, strict=True):
-        single = array.astype(np.float32)
-        if single.ndim == len(tensor.shape) - 1:  # as Keras does, images without a channel axis get one
-            single = single[..., None]
-        elif single.ndim == len(tensor.shape) + 1 and single.shape[-1] == 1:
-            single = single[..., 0]
-        rounded.append(single)
-    return rounded
 
 
 @np.errstate(over="ignore", invalid="ignore", under="ignore")
@@ -270,8 +282,13 @@ def _full(bound: Affine | None, size: int) -> np.ndarray | None:
     return np.stack([np.broadcast_to(part, size) for part in (bound.constant, bound.slope)])
 
 
-def _check_precision(model) -> None:
-    """Refuses subnormal weights, and machines whose float32 products have fewer than 24 bits."""
+def _check_rigorous(model) -> None:
+    """Refuses models without a graph, subnormal weights, and machines whose products have fewer than 24 bits."""
+    if not getattr(model, "inputs", None):
+        raise ValueError(
+            "Expected a Sequential or functional model for a rigorous certificate, since rounding is followed layer by "
+            f"layer. Received: {type(model).__name__} '{model.name}'"
+        )
     for weight in model.weights:
         values = np.abs(np.asarray(keras.ops.convert_to_numpy(weight.value), dtype=np.float64))
         if ((values > 0) & (values < TINY)).any():

@@ -16,6 +16,7 @@ from keras import ops
 
 from hkr_keras import bounds
 from hkr_keras.bounds import Flow
+from hkr_keras.evaluation import check_inputs
 from hkr_keras.geometry import kernel_geometries
 from hkr_keras.spectra import kernel_spectrum
 
@@ -126,7 +127,7 @@ def lipschitz_summary(model, print_fn: Callable[[str], Any] | None = print, x=No
     """
     inputs = bounds.model_inputs(model)
     shapes = [None if tensor is None else tensor.shape for tensor in inputs]
-    lower, pairs = _largest_change(model, _points(shapes, x))
+    lower, pairs = _largest_change(model, _points(model, shapes, x))
     rows = []
 
     def apply(layer, states, shapes):
@@ -179,9 +180,9 @@ def _ratio(results, arguments) -> float:
     return float(np.max(np.divide(change, moved, out=np.zeros_like(moved), where=moved > 0), initial=0.0))
 
 
-def _points(shapes, x) -> list[np.ndarray]:
+def _points(model, shapes, x) -> list[np.ndarray]:
     if x is not None:
-        return [np.asarray(array)[:_POINTS].astype("float32") for array in keras.tree.flatten(x)]
+        return [array[:_POINTS].astype("float32") for array in check_inputs(model, x)]
     if None in shapes:
         raise ValueError(
             "Expected inputs x at which to look, since the model does not tell its shapes. Received: x=None"

@@ -337,6 +337,11 @@ def test_verify_tells_what_differs():
     assert "inputs: expected 40, found 39" in differences(x=x[1:])
     assert "bound" in differences(bound=certificate.bound * 0.99)
     assert "method" in differences(method="logits")
+    assert "dimension" in differences(dimension=1)
+    tiny = linear_model(2)
+    tiny.layers[0].bias.assign([0.0, 0.0])
+    small = certify(tiny, 1e-6 * x, verbose=0)
+    assert not dataclasses.replace(small, radius=small.radius + 1e-6).verify(tiny, 1e-6 * x, verbose=0)
     other = dense_model(5)
     other.set_weights([1.001 * weight for weight in model.get_weights()])
     assert "model: expected" in differences(model=other)
@@ -465,7 +470,17 @@ def test_the_area_of_several_outputs_is_refused():
         hkr.certify_outputs(dense_model(3), random_inputs(), 0.1, verbose=0).auroc([0, 1] * 20)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"radius": [1.0]}', "null"])
+@pytest.mark.parametrize(
+    "change", [{"dimension": 0}, {"dimension": "a"}, {"dimension": -3}, {"prediction": [0.7]}, {"radius": [[0.5]]}]
+)
+def test_json_with_other_types(change):
+    certificate = Certificate(np.array([0.5]), np.array([1]), 1.0, 2, "pairwise", dimension=3)
+    assert Certificate.from_json(certificate.to_json()).dimension == 3
+    with pytest.raises(ValueError, match="Expected the JSON text of a certificate"):
+        Certificate.from_json(json.dumps({**json.loads(certificate.to_json()), **change}))
+
+
+@pytest.mark.parametrize("text", [None, 5, "[" * 100_000, "", "[]", "{}", '{"radius": [1.0]}', "null"])
 def test_wrong_json(text):
     with pytest.raises(ValueError, match="Expected the JSON text of a certificate"):
         Certificate.from_json(text)

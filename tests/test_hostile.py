@@ -60,6 +60,42 @@ def test_a_registered_subclass_is_no_head(registered):
         assert certificate.radius[0] == pytest.approx(0.5**0.5)  # the class flips half way to (0, 1)
 
 
+def of_another_shape():
+    rescaling = K.Rescaling(np.ones(4, "float32"))
+    two = [keras.Input((4,)), keras.Input((4,))]
+    return [
+        (
+            keras.Sequential([keras.Input((8, 8, 1)), K.GlobalAveragePooling2D(), K.Dense(2)]),
+            np.ones((1, 2, 2, 1)),
+        ),
+        (
+            keras.Sequential(
+                [keras.Input((4, 4, 3)), K.Normalization(mean=[0.5] * 3, variance=[0.05] * 3), K.Flatten()]
+            ),
+            np.ones((1, 4, 4, 1)),
+        ),
+        (keras.Sequential([keras.Input((4,)), rescaling, K.Dense(1)]), np.ones((3, 1))),
+        (keras.Model(two, K.Dense(1)(K.Add()(two))), [np.ones((1, 1)), np.ones((1, 4))]),
+        (keras.Model(two, K.Dense(1)(K.Add()(two))), [np.ones((1, 4)), np.ones((2, 4))]),
+        (keras.Model(two, K.Dense(1)(K.Add()(two))), [np.ones((1, 4))]),
+        (keras.Sequential([keras.Input((4,)), K.Dense(1)]), np.float32(1.0)),
+    ]
+
+
+@pytest.mark.parametrize("rigorous", [False, True])
+@pytest.mark.parametrize("index", range(7))
+def test_inputs_of_another_shape_are_refused(index, rigorous):
+    model, x = of_another_shape()[index]
+    with pytest.raises(ValueError, match=r"Expected (inputs of|2 inputs|at least one input)"):
+        hkr.certify(model, x, verbose=0, rigorous=rigorous)
+
+
+@pytest.mark.parametrize("batch_size", [0, None, -1, 2.5])
+def test_wrong_batch_sizes(batch_size):
+    with pytest.raises(ValueError, match="batch size of at least 1"):
+        hkr.certify(keras.Sequential([keras.Input((2,)), identity()]), X, batch_size, verbose=0)
+
+
 def test_a_registered_subclass_has_no_rounding_of_its_base(registered):
     for layers in ([Ten(2, kernel_initializer="identity")], [TenTimes(), identity()]):
         with pytest.raises(ValueError, match="overrides call"):
@@ -183,6 +219,31 @@ def hooked():
     return model
 
 
+def nested_of_another_size(wrap=lambda inner, x: inner(x), shape=(1,)):
+    inner = keras.Sequential([keras.Input((4,)), K.Rescaling(np.ones(4, "float32"))])
+    x = keras.Input(shape)
+    return keras.Model(x, wrap(inner, x))
+
+
+def nested_maximum():
+    two = [keras.Input((4,)), keras.Input((4,))]
+    inner = keras.Model(two, K.Maximum()(two))
+    x, z = keras.Input((1,)), keras.Input((4,))
+    return keras.Model([x, z], inner([x, z]))
+
+
+def over_the_batch(layer):
+    layer(keras.Input((4, 4)))
+    x = keras.Input((4,))
+    return keras.Model(x, layer(x))
+
+
+def with_lora():
+    model = keras.Sequential([keras.Input((4,)), K.Dense(4)])
+    model.layers[0].enable_lora(2)
+    return model
+
+
 def negative_variance():
     model = keras.Sequential([keras.Input((2,)), K.BatchNormalization()])
     model.layers[0].moving_variance.assign([-1.0, 1.0])
@@ -216,6 +277,19 @@ REFUSED = {
     ),
     "edited groups": (lambda: edited(K.Conv1D(4, 1), (3, 4), groups=4), "as many groups"),
     "integer layer": (lambda: keras.Sequential([keras.Input((3,)), K.Flatten(dtype="int32")]), "in floating point"),
+    "nested of another size": (nested_of_another_size, "the shape that model"),
+    "nested in time": (
+        lambda: nested_of_another_size(lambda inner, x: K.TimeDistributed(inner)(x), (2, 1)),
+        "the shape that model",
+    ),
+    "nested maximum": (nested_maximum, "the shape that model"),
+    "centring over the batch": (
+        lambda: over_the_batch(hkr.layers.LayerCentering(axis=-2, center=False)),
+        "apart in the batch",
+    ),
+    "sorting over the batch": (lambda: over_the_batch(hkr.layers.FullSort(axis=-2)), "apart in the batch"),
+    "halves of the batch": (lambda: over_the_batch(hkr.layers.MaxMin(axis=-2)), "apart in the batch"),
+    "LoRA": (with_lora, "LoRA"),
     "softmax over the batch": (lambda: keras.Sequential([keras.Input((3,)), K.Softmax(axis=0)]), "apart in the batch"),
     "softmax over the batch, from behind": (
         lambda: keras.Sequential([keras.Input((3,)), K.Softmax(axis=-2)]),

@@ -11,7 +11,7 @@ import hkr_keras as hkr
 from hkr_keras import rounding
 from hkr_keras.rounding import UNIT, Affine, Tracer, layer_rounding, norms
 
-K, L = keras.layers, hkr.layers
+K, L, C = keras.layers, hkr.layers, keras.initializers.Constant
 
 LAYERS = [
     # layer, input shape
@@ -164,9 +164,9 @@ def test_affine():
     assert bound.larger(Affine(5.0, 0.0))(0.5).tolist() == [8.0, 10.0]
 
 
-@pytest.mark.parametrize("terms", [2**23, 2**24, 2**30])
+@pytest.mark.parametrize("terms", [2**22, 2**24, 2**30])
 def test_sums_that_are_too_wide_are_refused(terms):
-    with pytest.raises(ValueError, match="fewer than 2\\^23 terms"):
+    with pytest.raises(ValueError, match="fewer than 2\\^22 terms"):
         rounding.accumulated(terms)
 
 
@@ -237,6 +237,25 @@ def test_powers_of_two_change_nothing(power):
         np.testing.assert_allclose(certify(model, x).radius, before, rtol=1e-6)
 
 
+def separable(first, second, bias):
+    options = {"depthwise_initializer": C(first), "pointwise_initializer": C(second), "bias_initializer": C(bias)}
+    return keras.Sequential([keras.Input((1, 1)), K.SeparableConv1D(1, 1, **options), K.Flatten()])
+
+
+def test_what_lies_between_two_kernels_counts():
+    """It overflows at 2^120 * 256; and 2^-126 * 0.99 is flushed to 0 and then multiplied by 2^126."""
+    assert certify(separable(2.0**120, -(2.0**-120), 300.0), np.array([[[200.0]]])).radius[0] == 0.0
+    assert certify(separable(2.0**-126, 2.0**126, -0.5), np.array([[[1.1]]])).radius[0] <= 0.1
+    assert certify(separable(1.0, 1.0, -0.5), np.array([[[1.1]]])).radius[0] == pytest.approx(0.6, rel=1e-4)
+
+
+def test_every_flushed_cell_of_a_pooling_counts():
+    layers = [L.ScaledAveragePooling2D(64, padding="same"), K.Flatten()]
+    head = K.Dense(1, kernel_initializer="ones", bias_initializer=C(-64 * 5e-35 * 0.5))
+    model = keras.Sequential([keras.Input((64, 64, 1)), *layers, head])
+    assert certify(model, np.full((1, 64, 64, 1), 5e-35)).radius[0] == 0.0
+
+
 def test_equal_logits_are_not_certified():
     model = two_class(K.Dense(2, kernel_initializer="ones"))
     assert certify(model, normal((10, 2))).radius.tolist() == [0.0] * 10
@@ -279,6 +298,15 @@ def test_inputs_by_name():
         certify(model, {"c": x["a"], "b": x["b"]})
 
 
+def test_inputs_of_a_model_made_of_a_dictionary():
+    inputs = {"z": keras.Input((2,), name="z"), "y": keras.Input((3,), name="y")}
+    model = keras.Model(inputs, K.Dense(2)(K.Concatenate()([L.Scale(3.0)(inputs["z"]), inputs["y"]])))
+    x = {"y": normal((4, 3)), "z": normal((4, 2))}
+    exact, rigorous = hkr.certify(model, x, verbose=0), certify(model, x)
+    assert np.all(rigorous.radius <= exact.radius)
+    assert rigorous.prediction.tolist() == model.predict(x, verbose=0).argmax(axis=1).tolist()
+
+
 def softened():
     return two_class(K.Dense(4, activation="tanh"), K.Dense(2))
 
@@ -299,7 +327,18 @@ def unknown():
     return two_class(Unknown(), K.Dense(2))
 
 
+def negative_variance():
+    model = two_class(K.BatchNormalization(), K.Dense(2))
+    model.layers[0].moving_variance.assign([-1e-4, 1.0])
+    return model
+
+
 REFUSED = {
+    "negative variance": (negative_variance, "variances of at least 0"),
+    "no epsilon": (
+        lambda: two_class(K.BatchNormalization(epsilon=2e-45, moving_variance_initializer="zeros")),
+        "1e-30|finite outputs",  # TensorFlow and JAX divide by 0 there
+    ),
     "tanh": (softened, "activation=tanh"),
     "layer": (lambda: two_class(K.Softmax()), "Softmax"),
     "subnormal": (subnormal, "1 subnormal entries"),
