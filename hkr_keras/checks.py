@@ -148,8 +148,7 @@ def check_kernel_layer(layer) -> None:
     kernels, built = kernel_geometries(layer), build_shape(layer)
     name, geometry = list(kernels.items())[-1]
     shape = getattr(layer, name).shape
-    outputs = math.prod(shape[-2:]) if geometry.depthwise else shape[-2 if geometry.transposed else -1]
-    check_numbers(layer, [layer.bias] if layer.use_bias else [], (outputs,))
+    check_numbers(layer, [layer.bias] if layer.use_bias else [], (geometry.outputs(shape),))
     if built is not None and geometry.groups > 1:
         channels = built[-1 if layer.data_format == "channels_last" else 1]
         if channels != geometry.groups * shape[-2]:

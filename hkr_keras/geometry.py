@@ -54,6 +54,10 @@ class Geometry:
             matrices = ops.transpose(matrices, (1, 0, 2))
         return ops.reshape(matrices, tuple(shape))
 
+    def outputs(self, shape: tuple[int, ...]) -> int:
+        """How many output channels a kernel of that shape has."""
+        return math.prod(shape[-2:]) if self.depthwise else shape[-2 if self.transposed else -1]
+
     def output_vector_axes(self, rank: int) -> tuple[int, ...]:
         """The axes of a kernel of that rank along which the weights of one output run."""
         outputs = {rank - 2} if self.transposed else {rank - 2, rank - 1} if self.depthwise else {rank - 1}

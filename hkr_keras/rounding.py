@@ -312,12 +312,11 @@ def _kernel_layer(layer) -> Rule:
     _check_activation(layer)
     names = list(kernel_geometries(layer))
     twin, absolute = _absolute_twin(layer), math.prod(absolute_bound(layer, name) for name in names)
-    outputs_last = not isinstance(layer, (_k.Conv1DTranspose, _k.Conv2DTranspose, _k.Conv3DTranspose))
-    terms = 0
-    for name, geometry in kernel_geometries(layer).items():
-        shape = getattr(layer, name).shape
-        outputs = math.prod(shape[-2:]) if geometry.depthwise else shape[-1 if outputs_last else -2]
-        terms += math.prod(shape) // outputs
+    kernels = {name: tuple(getattr(layer, name).shape) for name in names}
+    terms = sum(
+        math.prod(kernels[name]) // geometry.outputs(kernels[name])
+        for name, geometry in kernel_geometries(layer).items()
+    )
     bias = host(layer.bias) if layer.use_bias else np.zeros(1)
     gamma = accumulated(terms + len(names) + 1)
     if len(names) == 1:
