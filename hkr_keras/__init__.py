@@ -5,6 +5,7 @@ from hkr_keras import (
     callbacks,
     certificates,
     constraints,
+    conversion,
     datasets,
     evaluation,
     geometry,
@@ -21,6 +22,7 @@ from hkr_keras import (
 from hkr_keras._version import __version__
 from hkr_keras.bounds import lipschitz_bound
 from hkr_keras.certificates import Certificate, certify, certify_outputs, certify_top_k
+from hkr_keras.conversion import constrain, to_keras, to_lipschitz
 from hkr_keras.summary import lipschitz_summary
 
 __all__ = [
@@ -32,7 +34,9 @@ __all__ = [
     "certify",
     "certify_outputs",
     "certify_top_k",
+    "constrain",
     "constraints",
+    "conversion",
     "datasets",
     "evaluation",
     "geometry",
@@ -47,4 +51,6 @@ __all__ = [
     "plotting",
     "rounding",
     "spectra",
+    "to_keras",
+    "to_lipschitz",
 ]

@@ -11,7 +11,7 @@ from hkr_keras._registry import export
 
 Tensor = Any
 
-_MATRIX_CHANNELS = 64  # up to here, on a CPU, a product with a constant matrix beats moving channels around
+MATRIX_CHANNELS = 64  # up to here, on a CPU, a product with a constant matrix beats moving channels around
 
 
 def group_sort(x: Tensor, n: int = 2, axis: int = -1) -> Tensor:
@@ -35,7 +35,7 @@ def group_sort(x: Tensor, n: int = 2, axis: int = -1) -> Tensor:
     """
     axis = axis % len(x.shape)
     channels = x.shape[axis]
-    if n == 2 and axis == len(x.shape) - 1 and channels <= _MATRIX_CHANNELS and not _on_accelerator():
+    if n == 2 and axis == len(x.shape) - 1 and channels <= MATRIX_CHANNELS and not _on_accelerator():
         return _sort_pairs_by_matrix(x, channels)
     shape = tuple(ops.shape(x))
     groups = ops.reshape(x, (*shape[:axis], channels // n, n, *shape[axis + 1 :]))
@@ -47,13 +47,18 @@ def group_sort(x: Tensor, n: int = 2, axis: int = -1) -> Tensor:
     return ops.reshape(groups, shape)
 
 
+def pair_differences(channels: int) -> np.ndarray:
+    """The matrix `(channels, channels / 2)` that takes the difference of every pair of neighbours."""
+    identity, even = np.eye(channels, dtype="float32"), np.arange(channels) % 2 == 0
+    return identity[:, even] - identity[:, ~even]
+
+
 def _sort_pairs_by_matrix(x: Tensor, channels: int) -> Tensor:
     """`x + relu(x D) S`: D takes the difference of every pair, S hands the excess over.
 
     The matrices hold 0, 1 and -1, so all that is rounded is one difference and one sum.
     """
-    identity, even = np.eye(channels, dtype="float32"), np.arange(channels) % 2 == 0
-    difference = identity[:, even] - identity[:, ~even]
+    difference = pair_differences(channels)
     excess = ops.relu(ops.matmul(x, ops.convert_to_tensor(difference, dtype=x.dtype)))
     return x + ops.matmul(excess, ops.convert_to_tensor(-difference.T, dtype=x.dtype))
 

@@ -236,10 +236,18 @@ class _OrthogonalConv(_OrthogonalConvolution):
         self._check_circle(shape, [t - t // 2 for t in total], self.strides)
         return [t // 2 for t in total], [t - t // 2 for t in total]
 
+    def continued(self, inputs):
+        """The input of a circular layer, with what a convolution without padding needs at its ends."""
+        return self._wrap(inputs, *self._circle(inputs.shape))
+
+    def cut(self, outputs, shape):
+        """The output of a circular layer out of that convolution, for inputs of a shape."""
+        return outputs
+
     def operate(self, inputs, kernel):
         padding = self.padding
         if self.circular:
-            inputs = self._wrap(inputs, *self._circle(inputs.shape))
+            inputs = self.continued(inputs)
         elif padding == "causal":
             widths = [(0, 0)] * len(inputs.shape)
             widths[self._axes()[0]] = (self.dilation_rate[0] * (self.kernel_size[0] - 1), 0)
@@ -267,18 +275,26 @@ class _OrthogonalConvTranspose(_OrthogonalConvolution):
         starts = [left + s * b for left, s, b in zip(lefts, self.strides, before, strict=True)]
         return before, after, starts
 
+    def continued(self, inputs):
+        """The input of a circular layer, with what a convolution without padding needs at its ends."""
+        before, after, _ = self._circle(inputs.shape)
+        return self._wrap(inputs, before, after)
+
+    def cut(self, outputs, shape):
+        """The output of a circular layer out of that convolution, for inputs of a shape."""
+        _, _, starts = self._circle(shape)
+        for axis, start, s in zip(self._axes(), starts, self.strides, strict=True):
+            outputs = outputs[(*(slice(None),) * axis, slice(start, start + s * shape[axis]))]
+        return outputs
+
     def operate(self, inputs, kernel):
         shape = inputs.shape
         if self.circular:
-            before, after, starts = self._circle(shape)
-            inputs = self._wrap(inputs, before, after)
+            inputs = self.continued(inputs)
         outputs = ops.conv_transpose(
             inputs, kernel, list(self.strides), self.padding, self.output_padding, self.data_format, self.dilation_rate
         )
-        if self.circular:
-            for axis, start, s in zip(self._axes(), starts, self.strides, strict=True):
-                outputs = outputs[(*(slice(None),) * axis, slice(start, start + s * shape[axis]))]
-        return outputs
+        return self.cut(outputs, shape) if self.circular else outputs
 
     def compute_output_shape(self, input_shape):
         shape = list(super().compute_output_shape(input_shape))

@@ -8,14 +8,14 @@ from keras import ops
 from hkr_keras._registry import export
 from hkr_keras.geometry import overlap
 
-_TINY = 1e-24  # keeps the gradient of the root finite at 0
+TINY = 1e-24  # keeps the gradient of the root finite at 0
 
 
 def _l2_norm(mean, inputs, cells):
     """The root of `cells * mean(inputs^2)`, in at least float32: half precision cannot hold the squares."""
     dtype = keras.backend.result_type(inputs.dtype, "float32")
     squares = cells * mean(ops.square(ops.cast(inputs, dtype)))
-    return ops.cast(ops.sqrt(ops.maximum(squares, _TINY)), inputs.dtype)
+    return ops.cast(ops.sqrt(ops.maximum(squares, TINY)), inputs.dtype)
 
 
 class _WindowPooling:
@@ -26,7 +26,8 @@ class _WindowPooling:
     padding: str
     data_format: str
 
-    def _cells(self) -> float:
+    @property
+    def cells(self) -> float:
         """Cells of a window over the largest number of windows that see one cell."""
         return math.prod(self.pool_size) / overlap(self.pool_size, self.strides, (1,) * len(self.pool_size))
 
@@ -41,12 +42,12 @@ class _WindowPooling:
 
 class _ScaledAverage(_WindowPooling):
     def call(self, inputs):
-        return self._mean(inputs) * math.sqrt(self._cells())
+        return self._mean(inputs) * math.sqrt(self.cells)
 
 
 class _L2Norm(_WindowPooling):
     def call(self, inputs):
-        return _l2_norm(self._mean, inputs, self._cells())
+        return _l2_norm(self._mean, inputs, self.cells)
 
 
 class _GlobalPooling:
@@ -55,7 +56,7 @@ class _GlobalPooling:
     data_format: str
     keepdims: bool
 
-    def _spatial_axes(self, inputs):
+    def spatial_axes(self, inputs):
         rank = len(inputs.shape)
         return tuple(range(1, rank - 1)) if self.data_format == "channels_last" else tuple(range(2, rank))
 
@@ -63,13 +64,13 @@ class _GlobalPooling:
         if mask is not None:
             channel_axis = 2 if self.data_format == "channels_last" else 1
             inputs = inputs * ops.cast(ops.expand_dims(ops.cast(mask, "bool"), channel_axis), inputs.dtype)
-        return ops.sum(inputs, axis=self._spatial_axes(inputs), keepdims=self.keepdims)
+        return ops.sum(inputs, axis=self.spatial_axes(inputs), keepdims=self.keepdims)
 
 
 class _ScaledGlobalAverage(_GlobalPooling):
     def call(self, inputs, mask=None):
         shape = ops.shape(inputs)
-        cells = math.prod(shape[axis] for axis in self._spatial_axes(inputs))
+        cells = math.prod(shape[axis] for axis in self.spatial_axes(inputs))
         root = ops.sqrt(ops.cast(cells, "float32"))  # half precision cannot hold large counts
         return self._sum(inputs, mask) / ops.cast(root, inputs.dtype)
 
@@ -277,8 +278,8 @@ class InvertibleDownsampling2D(_Rearrangement2D):
 
     def _rearrange(self, x):
         (p, q), (batch, height, width, channels) = self.pool_size, ops.shape(x)
-        x = ops.reshape(x, (batch, height // p, p, width // q, q, channels))
-        x = ops.transpose(x, (0, 1, 3, 2, 4, 5))
+        x = ops.reshape(x, (batch, height // p, p, width // q, q * channels))
+        x = ops.transpose(x, (0, 1, 3, 2, 4))
         return ops.reshape(x, (batch, height // p, width // q, p * q * channels))
 
 
@@ -318,6 +319,6 @@ class InvertibleUpsampling2D(_Rearrangement2D):
 
     def _rearrange(self, x):
         (p, q), (batch, height, width, channels) = self.pool_size, ops.shape(x)
-        x = ops.reshape(x, (batch, height, width, p, q, channels // (p * q)))
-        x = ops.transpose(x, (0, 1, 3, 2, 4, 5))
+        x = ops.reshape(x, (batch, height, width, p, channels // p))
+        x = ops.transpose(x, (0, 1, 3, 2, 4))
         return ops.reshape(x, (batch, height * p, width * q, channels // (p * q)))

@@ -1,0 +1,369 @@
+"""Lipschitz layers in place of plain Keras ones, and constraints for models that are left as they are."""
+
+import functools
+import io
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import keras
+import numpy as np
+import rich.box
+import rich.console
+import rich.table
+
+from hkr_keras import constraints, layers
+from hkr_keras.bounds import activation_bound, lipschitz_bound, merge_bound, walk
+from hkr_keras.checks import build_shape, check_kernel_layer, check_merge
+from hkr_keras.geometry import kernel_geometries, model_kernels, overlap, weight_geometries
+from hkr_keras.layers.base import LipschitzLayer
+from hkr_keras.rebuilding import Layer, Rebuilder, StandIns, copied, from_config, is_model, operations_of
+from hkr_keras.spectra import host
+from hkr_keras.stripping import keras_layers, to_keras
+
+__all__ = ["keras_layers", "to_keras"]  # and what is defined here
+
+_k, _a = keras.layers, keras.activations
+
+_SAME_NAME = (
+    *("Dense", "Conv1D", "Conv2D", "Conv3D", "Conv1DTranspose", "Conv2DTranspose", "Conv3DTranspose"),
+    *("DepthwiseConv1D", "DepthwiseConv2D", "SeparableConv1D", "SeparableConv2D"),
+)
+#: What a Keras layer is replaced by.
+COUNTERPARTS: dict[type, type] = {
+    **{getattr(_k, name): getattr(layers, f"Lipschitz{name}") for name in _SAME_NAME},
+    _k.AveragePooling1D: layers.ScaledAveragePooling1D,
+    _k.AveragePooling2D: layers.ScaledAveragePooling2D,
+    _k.GlobalAveragePooling1D: layers.ScaledGlobalAveragePooling1D,
+    _k.GlobalAveragePooling2D: layers.ScaledGlobalAveragePooling2D,
+    _k.BatchNormalization: layers.BatchCentering,
+    _k.Add: layers.LipschitzResidual,
+}
+_OVERLAPPING = {_k.MaxPooling1D: layers.L2NormPooling1D, _k.MaxPooling2D: layers.L2NormPooling2D}
+_RECTIFIERS = (
+    *(_a.relu, _a.relu6, _a.leaky_relu, _a.elu, _a.celu, _a.selu, _a.gelu, _a.silu, _a.mish, _a.hard_silu),
+    *(_a.softplus, _a.squareplus, _a.sparse_plus),
+)
+_RECTIFYING = (_k.ReLU, _k.LeakyReLU, _k.PReLU, _k.ELU)
+_PROBABILITIES = (_a.softmax, _a.sigmoid, _a.log_softmax, _a.log_sigmoid, _a.hard_sigmoid, _a.sparsemax)
+_PASSING = (_k.Dropout, _k.Identity, _k.Flatten, _k.Reshape, _k.ActivityRegularization)
+
+#: A class, a function from the old layer to a new one, or `None` to keep a layer.
+Replacement = type | Callable[[Any], Layer] | None
+
+
+def to_lipschitz(
+    model,
+    replace: Mapping[type | str, Replacement] | None = None,
+    activation: Callable[..., Layer] | None = layers.GroupSort,
+    print_fn: Callable[[str], Any] | None = print,
+):
+    """A copy of a Keras model with the same graph, made of layers with a Lipschitz constant of at most 1.
+
+    - Dense, convolutions (transposed, depthwise and separable too): their Lipschitz counterparts. Trained kernels are
+      projected to the nearest orthonormal ones; biases, means and the weights of sums are scaled along. The Dense
+      layer that makes the output gets `UnitNorm()` as its constraint.
+    - ReLU and its smooth relatives, as layers or arguments: `activation`, where the number of channels is even.
+    - Average pooling: scaled; overlapping max pooling: `L2NormPooling`. BatchNormalization: `BatchCentering`. Add:
+      `LipschitzResidual`, a weighted mean.
+    - A final softmax or sigmoid is dropped, since certificates and losses are about logits.
+    - All other layers with a proven bound stay, layers of this package among them: converting twice changes nothing.
+
+    Args:
+        model: a built Sequential or functional model, nested or not. It is not changed.
+        replace: what to do with layers of a class, or with one name, in place of the above: a class, which is given
+            the settings it knows of; a function from the old layer to a new one; or `None` to keep the layer.
+            Names go before classes. A new weight takes over the old one of the same name and shape.
+        activation: makes the layer that replaces a rectifier; called with `name=` (and `axis=` for `channels_first`
+            data). `None` keeps the rectifiers.
+        print_fn: takes a table of what was done, and what is left to do; `None` prints nothing.
+
+    Returns:
+        A model that is not compiled. Compile it, with a loss of this package, before you train it.
+
+    Raises:
+        ValueError: with the list of all layers that cannot be converted and what to do; for names in `replace` that no
+            layer has; for a model that is not built or has a forward pass of its own.
+
+    Example:
+
+    >>> model = keras.Sequential([keras.Input((4,)), _k.Dense(8, "relu"), _k.Dense(3, "softmax")])
+    >>> converted = to_lipschitz(model, print_fn=None)
+    >>> [type(layer).__name__ for layer in converted.layers]
+    ['LipschitzDense', 'GroupSort', 'LipschitzDense']
+    >>> bool(lipschitz_bound(converted.layers[0]) < 1 + 1e-5)
+    True
+
+    `LipschitzConv2D` keeps trained kernels and wastes some of its constant; orthogonal convolutions start from new
+    weights and certify more in the end:
+
+    >>> model = keras.Sequential([keras.Input((8, 8, 1)), _k.Conv2D(4, 3, activation="relu")])
+    >>> converted = to_lipschitz(model, replace={_k.Conv2D: layers.OrthogonalConv2D}, print_fn=None)
+    >>> [type(layer).__name__ for layer in converted.layers]
+    ['OrthogonalConv2D', 'GroupSort']
+    """
+    operations = operations_of(model)
+    unknown = [key for key in replace or {} if isinstance(key, str) and key not in {o.name for o in operations}]
+    if unknown:
+        raise ValueError(f"Expected names of layers of model '{model.name}'. Received: replace={unknown}")
+    plan = _Plan(replace or {}, activation, *_ends(model))
+    refused = [reason for operation in operations if (reason := plan.refusal(operation))]
+    if refused:
+        raise ValueError(
+            "Expected layers that can be converted or have a finite Lipschitz constant; replace={name or class: ...} "
+            f"says what to put in their place. Received: model '{model.name}' with\n" + "\n".join(refused)
+        )
+    new = Rebuilder(lambda layer: plan.stand_ins[id(layer)])(model)
+    _rescale_offsets(new, plan.old_layers)
+    bound = lipschitz_bound(new)
+    if print_fn is not None:
+        print_fn(_report(plan.rows, new, bound))
+    return new
+
+
+def _ends(model) -> tuple[set[int], set[int]]:
+    """The layers between the last weights and the outputs, and the Dense layers before them, by their identity."""
+    last, heads = set(), set()
+
+    def visit(tensor):
+        layer, node, index = tensor._keras_history
+        if is_model(layer):
+            visit(layer.outputs[index])
+        elif type(layer) is _k.Dense:
+            heads.add(id(layer))
+        elif isinstance(layer, _PASSING) or _makes_probabilities(layer):
+            last.add(id(layer))
+            for source in layer._inbound_nodes[node].input_tensors:
+                visit(source)
+
+    for tensor in model.outputs:
+        visit(tensor)
+    return last, heads
+
+
+def _makes_probabilities(layer) -> bool:
+    return type(layer) is _k.Softmax or (type(layer) is _k.Activation and layer.activation in _PROBABILITIES)
+
+
+class _Plan:
+    """What stands for every layer, and what to tell of it."""
+
+    def __init__(self, replace: Mapping, activation, last: set[int], heads: set[int]):
+        self.replace, self.activation, self.last, self.heads = replace, activation, last, heads
+        self.stand_ins: dict[int, StandIns] = {}
+        self.old_layers: dict[int, Layer] = {}  # by the identity of the layer that took over their weights
+        self.rows: list[tuple[str, str, str]] = []
+
+    def refusal(self, operation) -> str | None:
+        """Finds what stands for an operation, or tells why nothing can."""
+        if isinstance(operation, _k.InputLayer):
+            return None
+        try:
+            if not isinstance(operation, _k.Layer):
+                raise ValueError("use a layer in place of an operator or function, such as keras.layers.Add()")
+            new = self.layers(operation)
+        except (TypeError, ValueError) as error:
+            return f"- {operation.name} ({type(operation).__name__}): {error}"
+        if new is None:
+            self.stand_ins[id(operation)], kind = copied(operation), "kept"
+        else:
+            self.stand_ins[id(operation)] = new, functools.partial(_take_over, operation, new, self.old_layers)
+            kind = " + ".join(type(layer).__name__ for layer in new) or "dropped"
+        self.rows.append((operation.name, type(operation).__name__, kind))
+        return None
+
+    def layers(self, layer) -> list[Layer] | None:
+        """The new layers that stand for one, or `None` for itself."""
+        given = [self.replace[key] for key in (layer.name, *type(layer).__mro__) if key in self.replace]
+        if given and given[0] is not None:
+            return self.of_class(given[0], layer) if isinstance(given[0], type) else [given[0](layer)]
+        if not given and id(layer) in self.last and _makes_probabilities(layer):
+            return []
+        cls = None if given else _counterpart(layer)
+        if cls is not None:
+            return self.of_class(cls, layer)
+        if not given and (_rectifies(layer) or type(layer) in _RECTIFYING) and not kernel_geometries(layer):
+            follower = self.rectifier(layer, layer.name)
+            if follower:
+                return follower
+        _check_kept(layer, asked=bool(given))
+        return None
+
+    def of_class(self, cls: type, layer) -> list[Layer]:
+        """A layer of another class, and a rectifier that was part of the old one."""
+        _check_inputs(layer)
+        for variable in layer.weights:
+            host(variable)
+        if not kernel_geometries(layer):
+            return [from_config(cls, layer)]
+        check_kernel_layer(layer)
+        changes: dict[str, Any] = {}
+        follower = self.rectifier(layer, f"{layer.name}_activation") if _rectifies(layer) else []
+        if follower or (id(layer) in self.heads and layer.activation in _PROBABILITIES):
+            changes["activation"] = None
+        else:
+            activation_bound(layer.activation)
+        if id(layer) in self.heads and issubclass(cls, layers.LipschitzDense):
+            changes["kernel_constraint"] = constraints.UnitNorm()
+        return [from_config(cls, layer, **changes), *follower]
+
+    def rectifier(self, layer, name: str) -> list[Layer]:
+        """The activation that replaces a rectifier, or nothing where it cannot."""
+        nodes = [tensor.shape for node in layer._inbound_nodes for tensor in node.input_tensors] or [build_shape(layer)]
+        shape = layer.compute_output_shape(nodes[0])
+        first = getattr(layer, "data_format", keras.config.image_data_format()) == "channels_first" and len(shape) > 2
+        channels = shape[1 if first else -1]
+        if self.activation is None or channels is None or channels % 2:
+            return []
+        return [self.activation(name=name, dtype=layer.dtype_policy, **({"axis": 1} if first else {}))]
+
+
+def _rectifies(layer) -> bool:
+    return getattr(layer, "activation", None) in _RECTIFIERS
+
+
+def _counterpart(layer) -> type | None:
+    overlapping = _OVERLAPPING.get(type(layer))
+    if overlapping and overlap(layer.pool_size, layer.strides, (1,) * len(layer.pool_size)) > 1:
+        return overlapping
+    return COUNTERPARTS.get(type(layer))
+
+
+def _check_inputs(layer) -> None:
+    for node in layer._inbound_nodes:
+        if len(node.input_tensors) > 1:
+            check_merge(layer, [tensor.shape for tensor in node.input_tensors])
+
+
+def _check_kept(layer, asked: bool) -> None:
+    """Refuses to keep a layer without a proven bound, or an unconstrained kernel unless that was asked for."""
+    _check_inputs(layer)
+    several = max((len(node.input_tensors) for node in layer._inbound_nodes), default=1)
+    if several > 1:
+        merge_bound(layer, np.eye(several))
+    else:
+        lipschitz_bound(layer)
+    if kernel_geometries(layer) and not (asked or isinstance(layer, LipschitzLayer)):
+        raise ValueError("it has a kernel that nothing would constrain")
+
+
+def _take_over(old, new: list[Layer], old_layers: dict[int, Layer]) -> None:
+    """Gives the first new layer the weights of the old one that have the same name and shape, on their constraint set.
+
+    A layer without a place for all kernels of the old one starts anew.
+    """
+    known = {(weight.name, tuple(weight.shape)): weight for weight in old.weights}
+    for layer in new[:1]:
+        pairs = [
+            (weight, known[key]) for weight in layer.weights if (key := (weight.name, tuple(weight.shape))) in known
+        ]
+        if kernel_geometries(old).keys() - {weight.name for weight, _ in pairs}:
+            return
+        old_layers[id(layer)] = old
+        for weight, before in pairs:
+            weight.assign(before)
+            if isinstance(weight.constraint, constraints.LipschitzConstraint):
+                weight.assign(weight.constraint.polish(weight))
+
+
+def _rescale_offsets(model, old_layers: dict[int, Layer]) -> None:
+    """Makes biases and means as much smaller as the activations have become.
+
+    Most of these networks are positively homogeneous: when a projection divides a kernel by 5 and all later biases
+    are divided by 5 too, the same inputs go to the same classes. The factor is followed through the graph; that of a
+    kernel is `<new, old> / <old, old>`, its best one in the sense of least squares.
+    """
+    done: set[int] = set()
+
+    def apply(layer, scales: list[float], shapes) -> float:
+        layer = layer.layer if type(layer) is _k.TimeDistributed else layer
+        old, first = old_layers.get(id(layer)), id(layer) not in done
+        done.add(id(layer))
+        if isinstance(layer, layers.LipschitzResidual) and isinstance(old, _k.Add):
+            if first:  # weights that make the sum that of the old branches
+                layer.mixing_logits.assign(-np.log(scales))
+            return 1 / sum(1 / scale for scale in scales)
+        scale = math.exp(np.mean(np.log(scales)))
+        if old is None:
+            return 1.0 if kernel_geometries(layer) else scale
+        if isinstance(layer, layers.BatchCentering) and isinstance(old, _k.BatchNormalization):
+            gamma = host(old.gamma) if old.scale else 1.0
+            factor = abs(np.mean(np.sqrt(host(old.moving_variance) + old.epsilon) / np.where(gamma == 0, 1, gamma)))
+            if first:
+                layer.moving_mean.assign(old.moving_mean * scale)
+            if first and layer.center:
+                layer.bias.assign(old.beta * (scale * factor))
+            return scale * factor
+        names = list(kernel_geometries(old))
+        for name in names:
+            kernel, before = host(getattr(layer, name)), host(getattr(old, name))
+            scale *= max(float(np.vdot(kernel, before)), 1e-12) / max(float(np.vdot(before, before)), 1e-12)
+        if names and layer.use_bias and first:
+            layer.bias.assign(old.bias * scale)
+        return scale * math.sqrt(layer.cells) if hasattr(layer, "cells") and "Average" in type(old).__name__ else scale
+
+    walk(model, [1.0] * len(model.inputs), apply, [tensor.shape for tensor in model.inputs])
+
+
+def _report(rows, model, bound: float) -> str:
+    table = rich.table.Table("layer", "was", "is now", title=f"{model.name}: Lipschitz constant at most {bound:.4g}")
+    table.box = rich.box.SIMPLE_HEAD
+    for row in rows:
+        table.add_row(*row)
+    loss = "HKR" if model.outputs[0].shape[-1] == 1 else "MulticlassHKR"
+    text = io.StringIO()
+    rich.console.Console(file=text, width=100).print(table)
+    return (
+        text.getvalue().rstrip()
+        + "\n\nCompile the new model before you train it: "
+        + f"model.compile('adam', loss=hkr_keras.losses.{loss}(alpha=50, margin=0.5))"
+    )
+
+
+# ---- constraints on a model as it is --------------------------------------------------------------------
+
+
+def constrain(model, constraint=None, replace: Mapping[type | str, Any] | None = None):
+    """Sets constraints on the kernels of a model, in place, and moves these kernels onto the constraint set.
+
+    The layers stay what they are; training keeps their kernels there, since the optimizer applies constraints after
+    each step. Kernels that carry a constraint of this package keep it. Activations, poolings, normalisations and
+    additions are not touched: `lipschitz_bound` tells what the constant of the whole is.
+
+    Args:
+        model: a built model of Dense and convolution layers, compiled or not.
+        constraint: of all kernels; `None` for `Orthonormal()`.
+        replace: other constraints for layers of a class or name, `None` to leave their kernels alone. Names go first.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: for a constraint of another library; for names that no layer has; for a model without kernels.
+
+    Example:
+
+    >>> model = keras.Sequential([keras.Input((4,)), _k.Dense(8, "relu"), _k.Dense(3)])
+    >>> bool(lipschitz_bound(constrain(model)) < 1 + 1e-5)
+    True
+    """
+    replace = replace or {}
+    kernels = list(model_kernels(model))
+    unknown = [key for key in replace if isinstance(key, str) and key not in {layer.name for layer, *_ in kernels}]
+    if unknown or not kernels:
+        names = [layer.name for layer, *_ in kernels]
+        raise ValueError(f"Expected layers with kernels, which are {names}. Received: replace={unknown}")
+    for layer, kernel, geometry in kernels:
+        given = [replace[key] for key in (layer.name, *type(layer).__mro__) if key in replace]
+        if (given and given[0] is None) or (
+            not given and isinstance(kernel.constraint, constraints.LipschitzConstraint)
+        ):
+            continue
+        bound = constraints.get(given[0] if given else constraint).bind(geometry)
+        name = next(name for name in weight_geometries(layer) if getattr(layer, name) is kernel)
+        settings = (f"{name.removesuffix('_kernel')}_constraint", "kernel_constraint", "depthwise_constraint")
+        setattr(layer, next(setting for setting in settings if hasattr(layer, setting)), bound)  # for its config
+        kernel.constraint = bound
+        kernel.assign(bound.polish(kernel))
+    model.train_function = None  # a compiled one holds the constraints of before
+    return model

@@ -1,0 +1,182 @@
+"""Plain Keras layers in place of ours: equal outputs, no import of this package, certificates of stored kernels."""
+
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+from helpers import BACKEND, normal, to_numpy
+
+import hkr_keras as hkr
+from hkr_keras import layers as L
+
+K = keras.layers
+IMAGE, SEQUENCE, VECTOR = (6, 6, 4), (6, 4), (8,)
+
+
+def _cases():
+    for n, shape in ((1, SEQUENCE), (2, IMAGE), (3, (4, 4, 4, 2))):
+        yield getattr(L, f"LipschitzConv{n}D")(4, 3, padding="same", activation="relu"), shape
+        yield getattr(L, f"LipschitzConv{n}DTranspose")(4, 3, strides=2), shape
+    for n, shape in ((1, SEQUENCE), (2, IMAGE)):
+        yield getattr(L, f"LipschitzDepthwiseConv{n}D")(3, padding="same", depth_multiplier=2), shape
+        yield getattr(L, f"LipschitzSeparableConv{n}D")(4, 3, padding="same"), shape
+        for padding in ("same", "valid", "circular"):
+            yield getattr(L, f"OrthogonalConv{n}D")(8, 3, strides=2, padding=padding, activation="relu"), shape
+            yield getattr(L, f"OrthogonalConv{n}DTranspose")(4, 3, strides=2, padding=padding), shape
+        yield getattr(L, f"ScaledAveragePooling{n}D")(2), shape
+        yield getattr(L, f"ScaledAveragePooling{n}D")(3, 2, padding="same"), shape
+        yield getattr(L, f"L2NormPooling{n}D")(2), shape
+        yield getattr(L, f"L2NormPooling{n}D")(3, 2, padding="same"), shape
+        yield getattr(L, f"ScaledGlobalAveragePooling{n}D")(), shape
+        yield getattr(L, f"GlobalL2NormPooling{n}D")(keepdims=True), shape
+    yield L.LipschitzDense(4), VECTOR
+    yield L.LipschitzDense(4, kernel_constraint=hkr.constraints.UnitNorm(), use_bias=False), SEQUENCE
+    yield L.OrthogonalConv1D(4, 3, padding="causal"), SEQUENCE
+    yield L.AOLDense(4), VECTOR
+    yield L.AOLConv2D(4, 3), IMAGE
+    yield L.SLLDense(4), VECTOR
+    yield L.SLLConv2D(4, 3), IMAGE
+    yield L.LipschitzSimpleRNN(4), SEQUENCE
+    yield L.LipschitzSimpleRNN(4, return_sequences=True, go_backwards=True), SEQUENCE
+    for shape in (VECTOR, IMAGE, (128,)):
+        for layer in (L.GroupSort(2), L.GroupSort(4), L.MaxMin(), L.FullSort(), L.Householder()):
+            yield layer, shape
+    for layer in (L.GroupSort(2, axis=1), L.MaxMin(axis=1), L.Householder(axis=1), L.FullSort(axis=2)):
+        yield layer, (8, 5, 3)
+    yield L.InvertibleDownsampling2D((2, 3)), IMAGE
+    yield L.InvertibleUpsampling2D((1, 2)), IMAGE
+    yield L.Scale(-2.5), VECTOR
+    yield L.LayerCentering(), IMAGE
+    yield L.LayerCentering(axis=(1, 2), center=False), IMAGE
+    yield L.BatchCentering(), IMAGE
+    yield L.BatchCentering(center=False, axis=1), IMAGE
+
+
+def randomize(model, seed=0):
+    """Gives biases, means, angles and logits values other than those that they start from."""
+    rng = np.random.default_rng(seed)
+    for weight in model.weights:
+        if weight.name in ("bias", "moving_mean", "angles", "mixing_logits"):
+            weight.assign(rng.normal(size=weight.shape))
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"), [pytest.param(*c, id=f"{type(c[0]).__name__}-{i}") for i, c in enumerate(_cases())]
+)
+def test_equal_outputs_without_a_layer_of_ours(layer, shape):
+    layer = type(layer).from_config(layer.get_config())  # the table is shared by all workers of a process
+    model = keras.Sequential([keras.Input(shape), layer])
+    randomize(model)
+    x = normal((5, *shape))
+    expected = to_numpy(model(x))
+    plain = hkr.to_keras(model)
+    assert "hkr_keras" not in plain.to_json()
+    assert [new.name for new in plain.layers] == [layer.name]
+    np.testing.assert_allclose(to_numpy(plain(x)), expected, atol=1e-6)
+    copy = keras.models.model_from_json(plain.to_json())
+    copy.set_weights(plain.get_weights())
+    np.testing.assert_array_equal(to_numpy(copy(x)), to_numpy(plain(x)))
+
+
+def network():
+    """One of every kind of merge, a nested model that is shared, and two inputs."""
+    branch = keras.Sequential([keras.Input(IMAGE), L.OrthogonalConv2D(4, 3, padding="same"), L.GroupSort(2)])
+    left, right = keras.Input(IMAGE, name="left"), keras.Input(IMAGE, name="right")
+    x = L.LipschitzResidual()([branch(left), branch(right)])
+    x = K.Concatenate()([x, K.Rescaling(0.5)(left)])
+    x = L.L2NormPooling2D(2)(L.BatchCentering()(x))
+    x = K.TimeDistributed(L.LipschitzDense(6))(K.Reshape((9, 8))(x))
+    x = K.Normalization(mean=0.1, variance=2.0)(K.Flatten()(K.Dropout(0.3)(x)))
+    return keras.Model([left, right], {"scores": L.LipschitzDense(3)(x)}, name="network")
+
+
+def test_a_graph_with_shared_and_nested_layers(tmp_path):
+    model = network()
+    randomize(model)
+    x = [normal((3, *IMAGE)), normal((3, *IMAGE), seed=1)]
+    plain = hkr.to_keras(model)
+    np.testing.assert_allclose(to_numpy(plain(x)["scores"]), to_numpy(model(x)["scores"]), atol=1e-6)
+    plain.save(tmp_path / "plain.keras")
+    loaded = keras.models.load_model(tmp_path / "plain.keras")
+    np.testing.assert_array_equal(to_numpy(loaded(x)["scores"]), to_numpy(plain(x)["scores"]))
+    again = hkr.to_keras(plain)
+    np.testing.assert_array_equal(to_numpy(again(x)["scores"]), to_numpy(plain(x)["scores"]))
+
+
+def test_the_file_loads_where_this_package_cannot_be_imported(tmp_path):
+    model = keras.Sequential([keras.Input((8, 8, 1)), *hkr.models.lipschitz_cnn((8, 8, 1), 3, orthogonal=True).layers])
+    x = normal((2, 8, 8, 1))
+    hkr.to_keras(model).save(tmp_path / "plain.keras")
+    np.save(tmp_path / "x.npy", x)
+    script = (
+        "import sys; sys.modules['hkr_keras'] = None\n"
+        + ("import torch\n" if BACKEND == "torch" else "")
+        + f"import keras, numpy as np; model = keras.models.load_model(r'{tmp_path}/plain.keras')\n"
+        + f"y = model(np.load(r'{tmp_path}/x.npy')); np.save(r'{tmp_path}/y.npy', keras.ops.convert_to_numpy(y))"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+    np.testing.assert_allclose(np.load(tmp_path / "y.npy"), to_numpy(model(x)), atol=1e-6)
+
+
+def test_stored_kernels_have_a_rigorous_certificate_where_composed_ones_have_none():
+    model = hkr.models.lipschitz_cnn((8, 8, 1), 3, orthogonal=True)
+    x = np.abs(normal((16, 8, 8, 1)))
+    with pytest.raises(ValueError, match="compose"):
+        hkr.certify(model, x, verbose=0, rigorous=True)
+    stored = hkr.to_keras(model, kernels_only=True)
+    kinds = {type(layer).__name__ for layer in stored.layers}
+    assert kinds == {"Conv2D", "Dense", "GroupSort", "InvertibleDownsampling2D", "Flatten"}
+    rigorous = hkr.certify(stored, x, verbose=0, rigorous=True)
+    usual = hkr.certify(model, x, verbose=0)
+    np.testing.assert_array_equal(rigorous.prediction, usual.prediction)
+    assert (rigorous.radius <= usual.radius).all()
+    assert (rigorous.radius > usual.radius - 0.01).all()  # what rounding may add in the worst case
+    np.testing.assert_allclose(hkr.lipschitz_bound(stored), hkr.lipschitz_bound(model), rtol=1e-2)
+
+
+def test_kernels_only_leaves_blocks_circles_and_activations():
+    layers = [L.OrthogonalConv2D(4, 3, padding="circular"), L.SLLConv2D(4, 3), L.AOLConv2D(4, 3), L.GroupSort(2)]
+    model = keras.Sequential([keras.Input(IMAGE), *layers])
+    stored = hkr.to_keras(model, kernels_only=True)
+    kinds = [type(layer).__name__ for layer in stored.layers]
+    assert kinds == ["OrthogonalConv2D", "SLLConv2D", "Conv2D", "GroupSort"]
+    x = normal((2, *IMAGE))
+    np.testing.assert_allclose(to_numpy(stored(x)), to_numpy(model(x)), atol=1e-6)
+
+
+def test_half_precision_layers_keep_their_precision():
+    layers = [L.LipschitzConv2D(4, 3), L.GroupSort(2), L.L2NormPooling2D(2), L.ScaledGlobalAveragePooling2D()]
+    layers = [type(layer).from_config({**layer.get_config(), "dtype": "mixed_bfloat16"}) for layer in layers]
+    model = keras.Sequential([keras.Input(IMAGE), *layers])
+    plain = hkr.to_keras(model)
+    x = normal((4, *IMAGE))
+    assert keras.backend.standardize_dtype(plain(x).dtype) == "bfloat16"
+    np.testing.assert_allclose(to_numpy(plain(x)), to_numpy(model(x)), rtol=2**-6)
+
+
+class Holder(K.Layer):
+    """A layer of a user that mentions one of ours in its configuration."""
+
+    def __init__(self, inner, **kwargs):
+        super().__init__(**kwargs)
+        self.inner = inner
+
+    def call(self, inputs):
+        return self.inner(inputs)
+
+    def get_config(self):
+        return {**super().get_config(), "inner": keras.saving.serialize_keras_object(self.inner)}
+
+    @classmethod
+    def from_config(cls, config):
+        return cls(keras.saving.deserialize_keras_object(config.pop("inner")), **config)
+
+
+def test_refuses_what_would_still_need_this_package():
+    model = keras.Sequential([keras.Input((4,)), Holder(L.GroupSort(2), name="holder")])
+    with pytest.raises(ValueError, match="Received: holder"):
+        hkr.to_keras(model)
+    with pytest.raises(ValueError, match="Expected inputs of known size to convert 'squeeze'"):
+        hkr.to_keras(keras.Sequential([keras.Input((None, None, 4)), L.InvertibleDownsampling2D(2, name="squeeze")]))
