@@ -8,6 +8,7 @@ from hkr_keras import (
     conversion,
     datasets,
     evaluation,
+    exporting,
     geometry,
     layers,
     linalg,
@@ -23,6 +24,7 @@ from hkr_keras._version import __version__
 from hkr_keras.bounds import lipschitz_bound
 from hkr_keras.certificates import Certificate, certify, certify_outputs, certify_top_k
 from hkr_keras.conversion import constrain, to_keras, to_lipschitz
+from hkr_keras.exporting import export
 from hkr_keras.summary import lipschitz_summary
 
 __all__ = [
@@ -39,6 +41,8 @@ __all__ = [
     "conversion",
     "datasets",
     "evaluation",
+    "export",
+    "exporting",
     "geometry",
     "layers",
     "linalg",

@@ -1,4 +1,4 @@
-"""Command line: `python -m hkr_keras demo | summary | certify`."""
+"""Command line: `python -m hkr_keras demo | summary | certify | export`."""
 
 import argparse
 import math
@@ -12,6 +12,7 @@ from rich.table import Table
 
 import hkr_keras as hkr
 from hkr_keras import datasets, models
+from hkr_keras.exporting import FORMATS, certificate_path
 
 _MULTICLASS_LOSSES = {
     "hkr": lambda: hkr.losses.MulticlassHKR(alpha=100, margin=0.45),
@@ -189,6 +190,11 @@ def _certify(options) -> None:
         )
 
 
+def _export(options) -> None:
+    certificate = hkr.export(_load_model(options.model), options.output, options.format, options.preprocessing)
+    print(f"{options.output}: constant {certificate.bound:.6g}; radii from {certificate_path(options.output).name}")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status, 2 for what the user can mend."""
     parser = argparse.ArgumentParser(prog="python -m hkr_keras", description="1-Lipschitz networks with certificates.")
@@ -217,6 +223,13 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("--json", type=pathlib.Path, help="write the certificate to this file")
     command.add_argument("--plot", type=pathlib.Path, help="write the curve to this picture")
     command.set_defaults(run=_certify)
+
+    command = commands.add_parser("export", help="write a stored model as SavedModel, ONNX or LiteRT, with constants")
+    command.add_argument("model", type=pathlib.Path, help=".keras file")
+    command.add_argument("output", type=pathlib.Path, help="file, or folder for a SavedModel")
+    command.add_argument("--format", choices=FORMATS, default="tf_saved_model")
+    command.add_argument("--preprocessing", help="what was done to the data before the model, in words")
+    command.set_defaults(run=_export)
 
     options = parser.parse_args(arguments)
     try:
