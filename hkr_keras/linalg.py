@@ -110,7 +110,12 @@ def _squared_norm_bound(gram: Tensor, deviation: Tensor) -> Tensor:
         fourth_power = _matrix_norm(ops.matmul(deviation, deviation))  # |G - I|^2 is at most this
         return ops.minimum(ops.minimum(near, _matrix_norm(gram)), 1.0 + ops.sqrt(fourth_power))
 
-    return ops.cond(ops.any(near > 4.0), smallest, lambda: near)
+    wild = ops.any(near > 4.0)
+    try:  # with the value at hand: JAX would compile both branches anew in every call
+        wild = bool(ops.convert_to_numpy(wild))
+    except Exception:  # each backend has its own error for a tensor that is being traced
+        return ops.cond(wild, smallest, lambda: near)
+    return smallest() if wild else near
 
 
 def _largest_eigenvalue_estimate(gram: Tensor) -> Tensor:

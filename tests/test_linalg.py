@@ -164,17 +164,28 @@ def test_dtype_is_kept(function, dtype):
     assert tuple(result.shape) == (4, 3)
 
 
-def test_orthonormal_basis_while_it_is_traced():
-    """Inside a compiled function there are no values: the other path gives the same matrices."""
-    w = normal((2, 7, 4), seed=3)
+def compiled(function, w):
+    """The result where there are no values at hand, in a function that the backend compiles."""
     if BACKEND == "torch":  # nothing is traced: the same call
-        traced = linalg.orthonormal_basis(ops.convert_to_tensor(w))
-    elif BACKEND == "jax":
+        return function(ops.convert_to_tensor(w))
+    if BACKEND == "jax":
         import jax
 
-        traced = jax.jit(linalg.orthonormal_basis)(w)
-    else:
-        import tensorflow as tf
+        return jax.jit(function)(w)
+    import tensorflow as tf
 
-        traced = tf.function(linalg.orthonormal_basis)(tf.constant(w))
-    np.testing.assert_allclose(to_numpy(traced), to_numpy(linalg.orthonormal_basis(w)), atol=1e-5)
+    return tf.function(function)(tf.constant(w))
+
+
+@pytest.mark.parametrize(
+    ("function", "scale"), [(linalg.orthonormal_basis, 1.0), (linalg.newton_schulz, 0.3), (linalg.newton_schulz, 30.0)]
+)
+def test_the_same_while_it_is_traced(function, scale):
+    w = normal((2, 7, 4), seed=3, scale=scale)
+    np.testing.assert_allclose(to_numpy(compiled(function, w)), to_numpy(function(w)), atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [0.3, 30.0])
+def test_newton_schulz_compiles_nothing_with_values_at_hand(monkeypatch, scale):
+    monkeypatch.delattr(linalg.ops, "cond")  # whose branches JAX compiles anew in every call
+    assert largest_singular_value(to_numpy(linalg.newton_schulz(normal((7, 4), scale=scale)))) <= 1 + 1e-6

@@ -1,0 +1,216 @@
+"""A scikit-learn classifier with certificates.
+
+Needs scikit-learn: `pip install 'hkr_keras[sklearn]'`. It is not imported with the package:
+`from hkr_keras.sklearn import HKRClassifier`.
+"""
+
+import contextlib
+import copy
+import functools
+import math
+import numbers
+import random
+
+import keras
+import numpy as np
+
+try:
+    from sklearn.base import BaseEstimator, ClassifierMixin
+    from sklearn.utils import check_consistent_length, check_random_state, column_or_1d
+    from sklearn.utils.multiclass import check_classification_targets
+    from sklearn.utils.validation import check_is_fitted, validate_data
+except ImportError as error:
+    raise ImportError("HKRClassifier needs scikit-learn 1.6 or newer: pip install 'hkr_keras[sklearn]'") from error
+
+from hkr_keras import losses, margins, models
+from hkr_keras.callbacks import Orthonormalize
+from hkr_keras.certificates import Certificate, certify
+
+_default_model = functools.partial(models.lipschitz_mlp, widths=(64, 64))
+
+
+class HKRClassifier(ClassifierMixin, BaseEstimator):
+    """A 1-Lipschitz network that is trained with HKR and certifies its predictions, as a scikit-learn estimator.
+
+    Two classes are told apart by the sign of one score and the loss `HKR`, more classes by as many logits and
+    `MulticlassHKR`. Radii are L2 distances in the units of the X that the estimator sees: in a pipeline behind a
+    `StandardScaler` these are the scaled ones. There is no `predict_proba`: a score is a distance, not a probability.
+
+    Args:
+        model: function `(input_shape, outputs) -> keras.Model` whose outputs `(batch, outputs)` are raw scores or
+            logits of inputs `(n_features,)`. `None` is `models.lipschitz_mlp` with hidden layers of 64 and 64.
+        alpha: weight of the hinge, at least 0; larger is nearer to accuracy.
+        margin: in units of X, at least 0; larger is nearer to robustness.
+        optimizer: name of a Keras optimizer.
+        learning_rate: of the first step; it falls to 0 as a cosine.
+        epochs: passes over the data.
+        batch_size: inputs per training step, or all when there are fewer, and per batch of predictions.
+        callbacks: Keras callbacks, which every `fit` copies. `Orthonormalize` always runs after them.
+        random_state: `None`, an integer or a `numpy.random.RandomState`, of the first weights and the batches.
+        verbose: as in `keras.Model.fit`.
+
+    Attributes:
+        classes_: sorted labels `(classes,)`, of any type.
+        model_: the trained Keras model.
+        history_: the logs of every epoch, a dictionary of lists.
+        n_features_in_, feature_names_in_: as in scikit-learn.
+
+    Raises:
+        ValueError: in `fit`, for fewer than two classes, parameters out of range, and a model with other outputs.
+
+    Example:
+
+    >>> import numpy as np
+    >>> from hkr_keras.sklearn import HKRClassifier
+    >>> X, y = np.array([[-2.0], [-1.0], [1.0], [2.0]]), ["left", "left", "right", "right"]
+    >>> classifier = HKRClassifier(epochs=5, random_state=0).fit(X, y)
+    >>> classifier.predict([[-3.0], [3.0]]).tolist()
+    ['left', 'right']
+    >>> classifier.certified_score(X, y, epsilon=0.5)
+    1.0
+
+    Reference:
+        Serrurier et al., CVPR 2021 (arXiv 2006.06520).
+    """
+
+    def __init__(
+        self,
+        model=None,
+        *,
+        alpha=50.0,
+        margin=0.5,
+        optimizer="adam",
+        learning_rate=1e-2,
+        epochs=50,
+        batch_size=32,
+        callbacks=None,
+        random_state=None,
+        verbose=0,
+    ):
+        self.model = model
+        self.alpha = alpha
+        self.margin = margin
+        self.optimizer = optimizer
+        self.learning_rate = learning_rate
+        self.epochs = epochs
+        self.batch_size = batch_size
+        self.callbacks = callbacks
+        self.random_state = random_state
+        self.verbose = verbose
+
+    def fit(self, X, y) -> "HKRClassifier":
+        """Trains a new model on X `(n, n_features)`, cast to float32, and labels y `(n,)`."""
+        X, y = validate_data(self, X, y, dtype="float32")
+        check_classification_targets(y)
+        self.classes_, labels = np.unique(y, return_inverse=True)
+        classes = len(self.classes_)
+        if classes < 2:
+            raise ValueError("Expected labels of at least 2 classes. Received: y with 1 class")
+        for name in ("epochs", "batch_size"):
+            value = getattr(self, name)
+            if not isinstance(value, numbers.Integral) or value < 1:
+                raise ValueError(f"Expected an integer of at least 1. Received: {name}={value}")
+        random_state = check_random_state(self.random_state)
+        batches = _FullBatches(X, labels, min(self.batch_size, len(X)), random_state)
+        loss = losses.HKR if classes == 2 else losses.MulticlassHKR
+        rate = keras.optimizers.schedules.CosineDecay(self.learning_rate, self.epochs * len(batches))
+        with _python_seed(random_state.randint(2**31 - 1)):  # where Keras takes the seeds of layers from
+            model = self._build(X.shape[1:], 1 if classes == 2 else classes)
+            model.compile(
+                keras.optimizers.get({"class_name": self.optimizer, "config": {"learning_rate": rate}}),
+                loss=loss(self.alpha, self.margin),
+            )
+            callbacks = [*copy.deepcopy(list(self.callbacks or ())), Orthonormalize()]
+            history = model.fit(batches, epochs=self.epochs, shuffle=False, callbacks=callbacks, verbose=self.verbose)
+        self.model_, self.history_ = model, history.history
+        return self
+
+    def _build(self, input_shape, outputs: int) -> keras.Model:
+        build = _default_model if self.model is None else self.model
+        if isinstance(build, keras.Model) or not callable(build):
+            raise ValueError(f"Expected a function (input_shape, outputs) -> keras.Model. Received: model={build!r}")
+        model = build(input_shape, outputs)
+        if tuple(model.output_shape) != (None, outputs):
+            raise ValueError(
+                f"Expected a model with outputs of shape (None, {outputs}). "
+                f"Received: model.output_shape={model.output_shape}"
+            )
+        return model
+
+    def decision_function(self, X) -> np.ndarray:
+        """Float32 scores `(n,)` for two classes, positive for `classes_[1]`; else logits `(n, classes)`."""
+        check_is_fitted(self)
+        X = validate_data(self, X, dtype="float32", reset=False)
+        starts = range(0, len(X), self.batch_size)  # no pipeline of data: `Model.predict` makes one in every call
+        outputs = np.concatenate([self.model_.predict_on_batch(X[i : i + self.batch_size]) for i in starts])
+        return outputs[:, 0] if len(self.classes_) == 2 else outputs
+
+    def predict(self, X) -> np.ndarray:
+        """Labels `(n,)`, entries of `classes_`."""
+        outputs = self.decision_function(X)
+        return self.classes_[outputs.argmax(axis=1) if outputs.ndim == 2 else (outputs > 0).astype(int)]
+
+    def certify(self, X, rigorous: bool = False) -> Certificate:
+        """The certificate of every input, see `hkr_keras.certify`. Its predictions are indices into `classes_`."""
+        check_is_fitted(self)
+        X = validate_data(self, X, dtype=("float64", "float32"), reset=False)
+        return certify(self.model_, X, batch_size=self.batch_size, verbose=0, rigorous=rigorous)
+
+    def certified_radius(self, X, rigorous: bool = False) -> np.ndarray:
+        """Radii `(n,)`, L2 distances in units of X below which the prediction cannot change."""
+        return self.certify(X, rigorous).radius
+
+    def certified_score(self, X, y, epsilon: float, rigorous: bool = False) -> float:
+        """Certified accuracy: the share of inputs with the right label and a radius above epsilon.
+
+        `scoring=` of scikit-learn takes a function: `lambda estimator, X, y: estimator.certified_score(X, y, 0.25)`,
+        and behind a scaler `lambda pipe, X, y: pipe[-1].certified_score(pipe[:-1].transform(X), y, 0.25)`.
+
+        Args:
+            X: inputs `(n, n_features)`.
+            y: labels `(n,)`, as in `fit`.
+            epsilon: distance in units of X, at least 0.
+            rigorous: whether to cover the rounding of the float32 network.
+
+        Raises:
+            ValueError: for labels of another length, or a negative epsilon.
+        """
+        epsilon = margins.number("epsilon", epsilon)
+        certificate = self.certify(X, rigorous)
+        check_consistent_length(certificate.prediction, y)
+        correct = self.classes_[certificate.prediction] == column_or_1d(y)
+        return float((correct & (certificate.radius > epsilon)).mean())
+
+
+class _FullBatches(keras.utils.PyDataset):
+    """Batches in a new order every epoch. The last one is filled up with the first inputs of that order.
+
+    Class means over the two or three inputs that happen to be left would be noise, and one shape is one compilation.
+    """
+
+    def __init__(self, x, y, batch_size: int, random_state: np.random.RandomState):
+        super().__init__()
+        self._x, self._y, self._batch_size, self._random_state = x, y, batch_size, random_state
+        self.on_epoch_end()
+
+    def __len__(self):
+        return math.ceil(len(self._x) / self._batch_size)
+
+    def __getitem__(self, index):
+        rows = self._order[index]
+        return self._x[rows], self._y[rows]
+
+    def on_epoch_end(self):
+        order = self._random_state.permutation(len(self._x))
+        self._order = np.resize(order, (len(self), self._batch_size))
+
+
+@contextlib.contextmanager
+def _python_seed(seed: int):
+    """Seeds Python's generator for a while, and puts it back as it was."""
+    state = random.getstate()
+    random.seed(int(seed))
+    try:
+        yield
+    finally:
+        random.setstate(state)
