@@ -123,6 +123,25 @@ def test_certify_a_stored_model(stored, capsys):
     assert (folder / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_export_a_stored_model(stored, capsys):
+    folder, _ = stored
+    arguments = [
+        "export",
+        str(folder / "model.keras"),
+        str(folder / "net.onnx"),
+        "--format",
+        "onnx",
+        "--preprocessing",
+        "pixels / 16",
+    ]
+    if keras.backend.backend() == "jax":  # Keras writes SavedModels there
+        arguments[2:5] = [str(folder / "net"), "--format", "tf_saved_model"]
+    assert main(arguments) == 0
+    assert "radii from net" in capsys.readouterr().out
+    certificate = json.loads(next(folder.glob("*.certificate.json")).read_text())
+    assert certificate["preprocessing"] == "pixels / 16"
+
+
 def test_rigorous_and_in_another_norm(stored, capsys):
     folder, _ = stored
     files = str(folder / "model.keras"), str(folder / "data.npz")
