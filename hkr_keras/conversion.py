@@ -168,7 +168,9 @@ class _Plan:
             self.stand_ins[id(operation)], kind = copied(operation), "kept"
         else:
             self.stand_ins[id(operation)] = new, functools.partial(_take_over, operation, new, self.old_layers)
-            kind = " + ".join(type(layer).__name__ for layer in new) or "dropped"
+            kind = " + ".join(type(layer).__name__ for layer in new) or "dropped: certificates are about logits"
+            if id(operation) in self.heads and operation.activation in _PROBABILITIES:
+                kind += f", {operation.activation.__name__} dropped"
         self.rows.append((operation.name, type(operation).__name__, kind))
         return None
 

@@ -213,6 +213,7 @@ def test_the_report_names_every_layer_the_bound_and_what_to_do():
     hkr.to_lipschitz(binary, print_fn=texts.append)
     assert "hidden" in texts[0]
     assert "LipschitzDense + GroupSort" in texts[0]
+    assert "sigmoid dropped" in texts[0]
     assert "losses.HKR(" in texts[0]
     hkr.to_lipschitz(lenet(), print_fn=texts.append)
     assert "losses.MulticlassHKR(" in texts[1]

@@ -125,18 +125,9 @@ def test_certify_a_stored_model(stored, capsys):
 
 def test_export_a_stored_model(stored, capsys):
     folder, _ = stored
-    arguments = [
-        "export",
-        str(folder / "model.keras"),
-        str(folder / "net.onnx"),
-        "--format",
-        "onnx",
-        "--preprocessing",
-        "pixels / 16",
-    ]
-    if keras.backend.backend() == "jax":  # Keras writes SavedModels there
-        arguments[2:5] = [str(folder / "net"), "--format", "tf_saved_model"]
-    assert main(arguments) == 0
+    name, kind = ("net", "tf_saved_model") if keras.backend.backend() == "jax" else ("net.onnx", "onnx")
+    arguments = ["export", str(folder / "model.keras"), str(folder / name), "--format", kind]
+    assert main([*arguments, "--preprocessing", "pixels / 16"]) == 0
     assert "radii from net" in capsys.readouterr().out
     certificate = json.loads(next(folder.glob("*.certificate.json")).read_text())
     assert certificate["preprocessing"] == "pixels / 16"
