@@ -1,22 +1,27 @@
 """hkr_keras: 1-Lipschitz networks with certificates of robustness, for Keras 3."""
 
 from hkr_keras import (
+    attacks,
     bounds,
     callbacks,
     certificates,
     constraints,
     datasets,
     evaluation,
+    explanations,
     geometry,
+    gradients,
     layers,
     linalg,
     losses,
     margins,
     metrics,
     models,
+    oneclass,
     plotting,
     rounding,
     spectra,
+    transport,
 )
 from hkr_keras._version import __version__
 from hkr_keras.bounds import lipschitz_bound
@@ -26,6 +31,7 @@ from hkr_keras.summary import lipschitz_summary
 __all__ = [
     "Certificate",
     "__version__",
+    "attacks",
     "bounds",
     "callbacks",
     "certificates",
@@ -35,7 +41,9 @@ __all__ = [
     "constraints",
     "datasets",
     "evaluation",
+    "explanations",
     "geometry",
+    "gradients",
     "layers",
     "linalg",
     "lipschitz_bound",
@@ -44,7 +52,9 @@ __all__ = [
     "margins",
     "metrics",
     "models",
+    "oneclass",
     "plotting",
     "rounding",
     "spectra",
+    "transport",
 ]
