@@ -16,7 +16,7 @@ from hkr_keras.certificates import Certificate, certify
 from hkr_keras.gradients import as_function, first_change
 
 ROUNDING = 1e-5  # of |x| + radius: how far from its boundary a float32 network may change its prediction
-LEAD = 10.0  # of a prediction over its strongest rival, in the logits that attacks see
+LEAD = 15.0  # largest one of a prediction over its rivals, in the logits that attacks see: beyond, softmax is flat
 
 
 class BrokenCertificate(RuntimeError):
@@ -27,6 +27,11 @@ class BrokenCertificate(RuntimeError):
         index: of the input.
         x, adversarial: the input and the float32 array that is classified differently.
         distance, radius: L2 distance of the two, and the radius that was certified.
+
+    Example:
+
+    >>> BrokenCertificate("PGD", 3, np.zeros(2), np.ones(2), 1.4, 1.5).index
+    3
     """
 
     def __init__(self, attack: str, index: int, x, adversarial, distance: float, radius: float):
@@ -70,10 +75,10 @@ def as_logits(model) -> keras.Model:
     with logits is returned as it is.
 
     Args:
-        model: built model with outputs `(n,)`, `(n, 1)` or `(n, classes)`.
+        model: built model with one input and outputs `(n,)`, `(n, 1)` or `(n, classes)`.
 
     Raises:
-        ValueError: for a model that is not built, or other outputs.
+        ValueError: for a model that is not built, several inputs, or other outputs.
 
     Example:
 
@@ -86,15 +91,15 @@ def as_logits(model) -> keras.Model:
     >>> bool(np.isclose(*(hkr.certify(m, x, verbose=0).radius[0] for m in (model, logits))))
     True
     """
-    if not model.built or len(model.outputs) != 1:
-        raise ValueError(f"Expected a built model with one output. Received: model '{model.name}'")
+    if not model.built or len(model.inputs) != 1 or len(model.outputs) != 1:
+        raise ValueError(f"Expected a built model with one input and one output. Received: model '{model.name}'")
     score = model.outputs[0]
     if not margins.is_binary(score):
         return model
     if len(score.shape) == 1:
         score = keras.layers.Reshape((1,))(score)
     halves = keras.layers.Dense(2, use_bias=False, trainable=False, dtype="float32", name="two_logits")
-    logits = keras.Model(model.inputs, halves(score), name=f"{model.name}_logits")
+    logits = keras.Model(model.inputs[0], halves(score), name=f"{model.name}_logits")
     halves.set_weights([np.array([[-0.5, 0.5]], dtype="float32")])
     return logits
 
@@ -174,8 +179,8 @@ def _imported(name: str):
 class _Batch:
     """What an attack sees: inputs, their predictions, and the logits as a function.
 
-    `scaled` are the same logits, stretched until predictions lead by about `LEAD`: the softmax of attacks then follows
-    the strongest rival, where it would mix all classes for small logits, and lose its gradient for large ones.
+    `scaled` are the same logits, stretched until the surest prediction leads by `LEAD`: the softmax of attacks then
+    follows the strongest rival, where it would mix all classes for small logits, and lose its gradient for large ones.
     """
 
     function: Callable
@@ -384,7 +389,7 @@ def _bounds(x, bounds) -> tuple[float, float]:
 
 def _scaled(logits: Callable, x: np.ndarray) -> Callable:
     values = np.sort(_to_numpy(logits(ops.convert_to_tensor(x))).astype(np.float64), axis=1)
-    lead = float(np.median(values[:, -1] - values[:, -2]))
+    lead = float((values[:, -1] - values[:, -2]).max())
     factor = LEAD / lead if 0 < lead < np.inf else 1.0
     return lambda tensor: logits(tensor) * factor
 
