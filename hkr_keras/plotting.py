@@ -95,11 +95,16 @@ def plot_robustness(robustness, ax=None, largest: float | None = None):
     ax.step(radius, upper, where="post", color=_ORANGE, linewidth=2, label="attacked: no attack found")
     ax.step(radius, lower, where="post", color=_BLUE, linewidth=2, label="certified: no attack exists")
     for epsilon, low, high in zip(robustness.epsilons, robustness.certified, robustness.attacked, strict=True):
-        for value, color, offset in ((high, _ORANGE, (6, 5)), (low, _BLUE, (6, -13))):
-            ax.plot([epsilon], [value], "o", color=color, markersize=5)
-            ax.annotate(f"{value:.1%}", (epsilon, value), offset, textcoords="offset points", color=color, fontsize=9)
+        for value, color, offset, side in (
+            (high, _ORANGE, (6, 5), "left"),
+            (low, _BLUE, (-5, -13 if low > 0.05 else 5), "right"),
+        ):
+            ax.plot([epsilon], [value], "o", color=color, markersize=5, clip_on=False)
+            ax.annotate(
+                f"{value:.1%}", (epsilon, value), offset, textcoords="offset points", ha=side, color=color, fontsize=9
+            )
     ax.set(xlabel="L2 radius of the perturbation", ylabel="accuracy", ylim=(0, 1.02), xlim=(0, largest))
-    ax.legend(loc="lower left", frameon=False)
+    ax.legend(loc="best", frameon=False)
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(alpha=0.25)
     return ax
@@ -180,8 +185,8 @@ def plot_field(model, x, y, ax=None, circles: int = 25):
     labels = np.asarray(y).reshape(-1) > 0
     for member, color in ((labels, _BLUE), (~labels, _ORANGE)):
         ax.plot(*x[member].T, "o", color=color, markersize=3, markeredgewidth=0)
-    certificate = certify(model, x[:circles], verbose=0)
-    for centre, radius in zip(x[:circles], certificate.radius, strict=True):
+    radii = certify(model, x[:circles], verbose=0).radius if circles else ()
+    for centre, radius in zip(x[:circles], radii, strict=True):
         ax.add_patch(_circle(centre, radius))
     ax.set(aspect="equal", xlim=(low[0], high[0]), ylim=(low[1], high[1]), xticks=[], yticks=[])
     return ax

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from hkr_keras.attacks import Robustness
-from hkr_keras.plotting import plot_image_rows, plot_robustness
+from hkr_keras.models import lipschitz_mlp
+from hkr_keras.plotting import plot_field, plot_image_rows, plot_robustness
 
 
 @pytest.fixture(autouse=True)
@@ -44,6 +45,13 @@ def test_rows_of_images():
     assert axes[0, 0].images[0].get_clim() == (0.0, 1.0)
     signed = plot_image_rows([np.full((1, 8, 8), -3.0)], symmetric=True)
     assert signed[0, 0].images[0].get_clim() == (-3.0, 3.0)
+
+
+@pytest.mark.parametrize("circles", [0, 3])
+def test_fields_have_as_many_circles_as_asked_for(circles):
+    x = np.random.default_rng(0).normal(size=(10, 2))
+    ax = plot_field(lipschitz_mlp((2,), 1, widths=(4,)), x, np.arange(10) % 2, circles=circles)
+    assert len(ax.patches) == circles
 
 
 @pytest.mark.parametrize("rows", [[], [np.zeros((2, 8, 8)), np.zeros((3, 8, 8))], [np.zeros((2, 8))]])
