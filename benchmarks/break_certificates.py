@@ -34,6 +34,9 @@ from rich.console import Console
 from rich.table import Table
 
 import hkr_keras as hkr
+from hkr_keras.attacks import art_classifier, foolbox_model
+from hkr_keras.gradients import as_function
+from hkr_keras.margins import two_logits
 
 BACKEND = keras.backend.backend()
 WITHIN = 0.999  # of the radius, for attacks that do not care about the last bits
@@ -94,7 +97,7 @@ class Target:
     @functools.cached_property
     def foolbox(self) -> foolbox.Model:
         """The logits at `x + reach * u` in units of the gap, compiled once where that saves time."""
-        return foolbox_model(self)
+        return foolbox_model(local_model(self), BOUNDS)
 
     def is_inside(self, points) -> np.ndarray:
         """Whether the points are within the radius but for float64 rounding, `(n,)`."""
@@ -122,17 +125,9 @@ def to_numpy(tensor) -> np.ndarray:
     return np.asarray(ops.convert_to_numpy(tensor))
 
 
-def two_logits(logits):
-    """A single score f as the logits (-f, f), of which the first wins a tie."""
-    if logits.shape[-1] > 1:
-        return logits
-    concatenate = np.concatenate if isinstance(logits, np.ndarray) else ops.concatenate
-    return concatenate([-logits, logits], axis=-1)
-
-
 def classes(outputs) -> np.ndarray:
     """Predicted classes `(n,)`; -1 for NaN."""
-    logits = two_logits(to_numpy(outputs))
+    logits = two_logits(to_numpy(outputs).astype("float64"))
     return np.where(np.isnan(logits).any(axis=1), -1, logits.argmax(axis=1))
 
 
@@ -165,32 +160,8 @@ BOUNDS = (-1.5, 1.5)  # of u
 def local_model(target: Target):
     """Logits at `x + reach * u` in units of the gap, as a function of tensors u."""
     x, reach, gap = (ops.convert_to_tensor(a.astype("float32")) for a in (target.x, target.reach, target.gap))
-    model = target.model
-    if BACKEND == "jax":  # predict donates the weights that a compiled function has seen: it gets copies
-        weights = [[to_numpy(v) for v in vs] for vs in (model.trainable_variables, model.non_trainable_variables)]
-        return lambda u: two_logits(model.stateless_call(*weights, x + reach * u, training=False)[0]) / gap
-    return lambda u, training=False: two_logits(model(x + reach * u)) / gap
-
-
-def torch_module(function):
-    import torch
-
-    class Local(torch.nn.Module):
-        def forward(self, u):
-            return function(u)
-
-    return Local().eval()
-
-
-def foolbox_model(target: Target):
-    function = local_model(target)
-    if BACKEND == "tensorflow":
-        return foolbox.TensorFlowModel(function, BOUNDS)
-    if BACKEND == "torch":
-        return foolbox.PyTorchModel(torch_module(function), BOUNDS)
-    import jax
-
-    return foolbox.JAXModel(jax.jit(function), BOUNDS)
+    function = as_function(target.model)
+    return lambda u: two_logits(function(x + reach * u)) / gap
 
 
 def foolbox_attack(build) -> Attack:
@@ -207,17 +178,8 @@ def foolbox_attack(build) -> Attack:
 def auto_pgd(target: Target, effort: int):
     """Of one input: ART follows the samples that still stand, so a batch would lose its order."""
     from art.attacks.evasion import AutoProjectedGradientDescent
-    from art.estimators.classification import PyTorchClassifier, TensorFlowV2Classifier
 
-    options = {"nb_classes": target.classes, "input_shape": target.x.shape[1:], "clip_values": BOUNDS}
-    options["channels_first"] = False
-    if BACKEND == "tensorflow":
-        loss = keras.losses.CategoricalCrossentropy(from_logits=True)
-        classifier = TensorFlowV2Classifier(local_model(target), loss_object=loss, **options)
-    else:
-        import torch
-
-        classifier = PyTorchClassifier(torch_module(local_model(target)), torch.nn.CrossEntropyLoss(), **options)
+    classifier = art_classifier(local_model(target), target.x.shape[1:], target.classes, BOUNDS)
     return AutoProjectedGradientDescent(
         classifier, 2, WITHIN, WITHIN / 4, effort, nb_random_init=1, loss_type="cross_entropy", verbose=False
     )
@@ -331,7 +293,9 @@ def affine(model):
             bias = np.broadcast_to(bias, len(kernel)) @ kernel + shift
         elif not isinstance(layer, keras.layers.Flatten):
             return None
-    return two_logits(weights), two_logits(bias)
+    if weights.shape[1] == 1:
+        weights, bias = (values @ exact(np.array([[-0.5, 0.5]])) for values in (weights, bias))
+    return weights, bias
 
 
 def exact_direction(target, effort):

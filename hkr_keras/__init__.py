@@ -1,6 +1,7 @@
 """hkr_keras: 1-Lipschitz networks with certificates of robustness, for Keras 3."""
 
 from hkr_keras import (
+    attacks,
     bounds,
     callbacks,
     certificates,
@@ -8,17 +9,21 @@ from hkr_keras import (
     conversion,
     datasets,
     evaluation,
+    explanations,
     exporting,
     geometry,
+    gradients,
     layers,
     linalg,
     losses,
     margins,
     metrics,
     models,
+    oneclass,
     plotting,
     rounding,
     spectra,
+    transport,
 )
 from hkr_keras._version import __version__
 from hkr_keras.bounds import lipschitz_bound
@@ -30,6 +35,7 @@ from hkr_keras.summary import lipschitz_summary
 __all__ = [
     "Certificate",
     "__version__",
+    "attacks",
     "bounds",
     "callbacks",
     "certificates",
@@ -41,9 +47,11 @@ __all__ = [
     "conversion",
     "datasets",
     "evaluation",
+    "explanations",
     "export",
     "exporting",
     "geometry",
+    "gradients",
     "layers",
     "linalg",
     "lipschitz_bound",
@@ -52,9 +60,11 @@ __all__ = [
     "margins",
     "metrics",
     "models",
+    "oneclass",
     "plotting",
     "rounding",
     "spectra",
     "to_keras",
     "to_lipschitz",
+    "transport",
 ]

@@ -149,6 +149,23 @@ def _check_length(values: Tensor, y_pred: Tensor, name: str = "y_true") -> None:
         )
 
 
+def two_logits(outputs: Any) -> Any:
+    """Scores `(n,)` or `(n, 1)` as the logits `(-f / 2, f / 2)`, `(n, 2)`; logits as they are. Tensors or arrays.
+
+    The difference of the two is the score, so margins and certified radii stay what they were, and argmax is class 1
+    where the score is positive.
+
+    Example:
+
+    >>> two_logits(np.array([[3.0], [-1.0]])).tolist()
+    [[-1.5, 1.5], [0.5, -0.5]]
+    """
+    if not is_binary(outputs):
+        return outputs
+    half = 0.5 * (outputs if len(outputs.shape) == 1 else outputs[:, 0])
+    return np.stack([-half, half], axis=1) if isinstance(half, np.ndarray) else ops.stack([-half, half], axis=1)
+
+
 def class_balance(member: Tensor, weights: Tensor) -> Tensor:
     """Factors that turn the weighted mean over a batch into the mean over one class.
 

@@ -1,4 +1,4 @@
-"""Pictures: certified-accuracy curves, decision fields of models with two inputs, singular values.
+"""Pictures: accuracy against the radius, decision fields of models with two inputs, rows of images, singular values.
 
 Needs matplotlib: `pip install 'hkr_keras[plots]'`. Every function draws on `ax`, or on a new figure, and
 returns the axes.
@@ -63,6 +63,94 @@ def plot_certified_accuracy(certificate: Certificate, y, ax=None, label=None, co
     return ax
 
 
+def plot_robustness(robustness, ax=None, largest: float | None = None):
+    """Certified (lower) and attacked (upper) accuracy against the radius: the truth is in the shaded gap.
+
+    The curves hold at every radius: they step where an input loses its certificate, and where an attack changed it.
+
+    Args:
+        robustness: what `attacks.evaluate_robustness` returned.
+        ax: matplotlib axes, or `None` for a new figure.
+        largest: radius up to which to draw; `None` for a little beyond the largest epsilon.
+
+    Returns:
+        The axes.
+
+    Example:
+
+    >>> import numpy as np, matplotlib; matplotlib.use("Agg")
+    >>> from hkr_keras.attacks import Robustness
+    >>> one = np.ones(1)
+    >>> plot_robustness(Robustness(one, 1.0, one, one, one > 0, one, 2 * one, one[:, None])).get_ylabel()
+    'accuracy'
+    """
+    ax = _axes(ax, figsize=(6.4, 4.2))
+    largest = 1.2 * float(robustness.epsilons.max()) if largest is None else largest
+    radius = np.linspace(0.0, largest, 601)
+    lower, upper = (
+        (robustness.is_correct & (reached > radius[:, None])).mean(axis=1)
+        for reached in (robustness.radius, robustness.distance)
+    )
+    ax.fill_between(radius, lower, upper, step="post", color=_ORANGE, alpha=0.18, linewidth=0, label="not known")
+    ax.step(radius, upper, where="post", color=_ORANGE, linewidth=2, label="attacked: no attack found")
+    ax.step(radius, lower, where="post", color=_BLUE, linewidth=2, label="certified: no attack exists")
+    for epsilon, low, high in zip(robustness.epsilons, robustness.certified, robustness.attacked, strict=True):
+        for value, color, offset, side in (
+            (high, _ORANGE, (6, 5), "left"),
+            (low, _BLUE, (-5, -13 if low > 0.05 else 5), "right"),
+        ):
+            ax.plot([epsilon], [value], "o", color=color, markersize=5, clip_on=False)
+            ax.annotate(
+                f"{value:.1%}", (epsilon, value), offset, textcoords="offset points", ha=side, color=color, fontsize=9
+            )
+    ax.set(xlabel="L2 radius of the perturbation", ylabel="accuracy", ylim=(0, 1.02), xlim=(0, largest))
+    ax.legend(loc="best", frameon=False)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(alpha=0.25)
+    return ax
+
+
+def plot_image_rows(rows, titles=None, names=None, symmetric: bool = False):
+    """A table of images: one row for each array, as inputs above what became of them.
+
+    Args:
+        rows: arrays `(n, height, width)` or `(n, height, width, channels)` of 1 or 3 channels, all of one length.
+        titles: for every row one text for each image, or `None`.
+        names: one text for each row, or `None`.
+        symmetric: whether images are signed, as gradients are: red below 0, blue above, each row scaled by itself.
+            Others are drawn from white at 0 to black at 1.
+
+    Returns:
+        The array of axes, `(rows, n)`.
+
+    Raises:
+        ValueError: for arrays of another shape.
+
+    Example:
+
+    >>> import numpy as np, matplotlib; matplotlib.use("Agg")
+    >>> plot_image_rows([np.zeros((3, 8, 8)), np.ones((3, 8, 8))], names=["zeros", "ones"]).shape
+    (2, 3)
+    """
+    rows = [np.asarray(row) for row in rows]
+    rows = [row[..., 0] if row.ndim == 4 and row.shape[3] == 1 else row for row in rows]
+    if not rows or {len(row) for row in rows} != {len(rows[0])} or not all(row.ndim in (3, 4) for row in rows):
+        raise ValueError(f"Expected image arrays of one length. Received: shapes {[row.shape for row in rows]}")
+    shape = len(rows), len(rows[0])
+    axes = np.reshape(_axes(None, nrows=shape[0], ncols=shape[1], figsize=(1.1 * shape[1], 1.3 * shape[0])), shape)
+    for i, row in enumerate(rows):
+        extent = max(1e-12, float(np.nanmax(np.abs(row)))) if symmetric else 1.0
+        for j, image in enumerate(row):
+            color, low = ("RdBu", -extent) if symmetric else ("gray_r", 0.0)
+            axes[i, j].imshow(image, cmap=color, vmin=low, vmax=extent)
+            axes[i, j].set(xticks=[], yticks=[], title=titles[i][j] if titles and titles[i] is not None else "")
+            axes[i, j].title.set_fontsize(9)
+            axes[i, j].spines[:].set_visible(False)
+        if names:
+            axes[i, 0].set_ylabel(names[i], rotation=0, ha="right", va="center", fontsize=9)
+    return axes
+
+
 def plot_field(model, x, y, ax=None, circles: int = 25):
     """The score of a binary model over the plane: level lines, decision boundary, points and certified circles.
 
@@ -97,8 +185,8 @@ def plot_field(model, x, y, ax=None, circles: int = 25):
     labels = np.asarray(y).reshape(-1) > 0
     for member, color in ((labels, _BLUE), (~labels, _ORANGE)):
         ax.plot(*x[member].T, "o", color=color, markersize=3, markeredgewidth=0)
-    certificate = certify(model, x[:circles], verbose=0)
-    for centre, radius in zip(x[:circles], certificate.radius, strict=True):
+    radii = certify(model, x[:circles], verbose=0).radius if circles else ()
+    for centre, radius in zip(x[:circles], radii, strict=True):
         ax.add_patch(_circle(centre, radius))
     ax.set(aspect="equal", xlim=(low[0], high[0]), ylim=(low[1], high[1]), xticks=[], yticks=[])
     return ax

@@ -13,7 +13,7 @@ import hkr_keras as hkr
 CONTRACT = {
     hkr: (
         "lipschitz_bound lipschitz_summary certify certify_outputs certify_top_k Certificate layers losses metrics "
-        "callbacks constraints datasets plotting"
+        "callbacks constraints datasets attacks explanations oneclass plotting transport"
     ),
     hkr.layers: (
         "LipschitzDense LipschitzConv1D LipschitzConv2D LipschitzConv3D LipschitzConv1DTranspose "
@@ -29,6 +29,9 @@ CONTRACT = {
     hkr.metrics: "KRDistance CertifiedAccuracy CertifiedRadius",
     hkr.callbacks: "Orthonormalize CertifiedEvaluation LipschitzMonitor",
     hkr.constraints: "Orthonormal SpectralBall UnitNorm",
+    hkr.attacks: "evaluate_robustness as_logits BrokenCertificate ATTACKS",
+    hkr.explanations: "saliency counterfactual nearest_adversarial",
+    hkr.transport: "wasserstein1 hkr_optimum",
 }
 CLASSES = [
     getattr(module, name)
@@ -67,7 +70,7 @@ def test_stored_names(cls):
 def test_import_needs_neither_extras_nor_other_backends():
     backend = keras.backend.backend()
     others = sorted({"tensorflow", "jax", "torch"} - {backend, *({"torch"} if backend == "jax" else ())})
-    unwanted = ["matplotlib", "sklearn", "scipy.optimize", "foolbox", "art", "ot"]
+    unwanted = ["matplotlib", "sklearn", "scipy.optimize", "foolbox", "art", "ot", "tqdm"]
     code = (
         "import sys, keras; before = set(sys.modules); import hkr_keras; "
         f"print([name for name in {unwanted + others!r} if name in set(sys.modules) - before])"

@@ -1,0 +1,95 @@
+"""Exact transport: known distances, duality, and a network that comes close from below."""
+
+import keras
+import numpy as np
+import pytest
+from scipy.optimize import linear_sum_assignment
+
+import hkr_keras as hkr
+from hkr_keras.transport import hkr_optimum, wasserstein1
+
+
+def test_on_a_line_it_is_the_distance_of_sorted_samples():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=50), 2 + rng.normal(size=50)
+    expected = np.abs(np.sort(x) - np.sort(y)).mean()
+    assert wasserstein1(x[:, None], y[:, None]) == pytest.approx(expected, rel=1e-9)
+
+
+def test_equal_samples_are_an_assignment_and_not_of_squares():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(30, 3)), rng.normal(size=(30, 3)) + 1.0
+    lengths = np.linalg.norm(x[:, None] - y[None], axis=-1)
+    expected = lengths[linear_sum_assignment(lengths)].mean()
+    assert wasserstein1(x, y) == pytest.approx(expected, rel=1e-9)
+    assert wasserstein1(x.reshape(30, 3, 1, 1), y.reshape(30, 3, 1, 1)) == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_weight_of_two_is_a_point_given_twice():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(5, 2)), rng.normal(size=(7, 2))
+    twice = np.concatenate([x, x[:1]])
+    assert wasserstein1(x, y, x_weights=[2, 1, 1, 1, 1]) == pytest.approx(wasserstein1(twice, y), rel=1e-9)
+    assert wasserstein1(y, x, y_weights=[2, 1, 1, 1, 1]) == pytest.approx(wasserstein1(twice, y), rel=1e-9)
+
+
+def test_without_a_hinge_the_optimum_is_the_distance():
+    rng = np.random.default_rng(0)
+    x, labels = rng.normal(size=(40, 2)), np.arange(40) % 3 > 0
+    distance = wasserstein1(x[labels], x[~labels])
+    assert hkr_optimum(x, labels.astype(int), 0.0, 0.3) == pytest.approx(-distance, abs=1e-7)
+
+
+def fitted(x, y, widths, epochs, rate):
+    """A network that separates the means of two samples, trained on all of both at once."""
+    points, labels = np.concatenate([x, y]), np.repeat([1, 0], [len(x), len(y)])
+    model = hkr.models.lipschitz_mlp(x.shape[1:], 1, widths)
+    steps = 20
+    at_once = 1 if keras.backend.backend() == "torch" else steps
+    schedule = keras.optimizers.schedules.CosineDecay(rate, epochs * steps)
+    model.compile(keras.optimizers.Adam(schedule), hkr.losses.KR(), steps_per_execution=at_once)
+    points, labels = np.tile(points, (steps,) + (1,) * (points.ndim - 1)), np.tile(labels, steps)
+    size = len(x) + len(y)
+    polish = hkr.callbacks.Orthonormalize(every="train_end")
+    model.fit(points, labels, batch_size=size, epochs=epochs, shuffle=False, verbose=0, callbacks=[polish])
+    return model
+
+
+def share_of_the_distance(model, x, y):
+    """The difference of the means over the proven constant, by the exact distance of the same samples."""
+    means = [model.predict(points, verbose=0).astype("float64").mean() for points in (x, y)]
+    return (means[0] - means[1]) / hkr.lipschitz_bound(model) / wasserstein1(x, y)
+
+
+def test_a_network_estimates_the_distance_in_the_plane_from_below():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(150, 2)).astype("float32")
+    y = (rng.normal(size=(150, 2)) * [0.5, 1.5] + [3.0, 1.0]).astype("float32")
+    share = share_of_the_distance(fitted(x, y, (64, 64, 32), epochs=20, rate=2e-2), x, y)
+    assert 0.98 <= share <= 1.0
+
+
+def test_a_network_estimates_the_distance_of_digits_from_below():
+    data = hkr.datasets.load("digits")
+    zeros, eights = (data.x_train[data.y_train == digit] for digit in (0, 8))
+    share = share_of_the_distance(fitted(zeros, eights, (128, 64), epochs=15, rate=1e-2), zeros, eights)
+    assert 0.95 <= share <= 1.0
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: wasserstein1([[0.0]], [[0.0, 1.0]]), "1 and 2 numbers"),
+        (lambda: wasserstein1([0.0], [[0.0]]), r"Received: x.shape=\(1,\)"),
+        (lambda: wasserstein1([[np.nan]], [[0.0]]), r"Received: x.shape=\(1, 1\)"),
+        (lambda: wasserstein1([[0.0]], [[0.0]], x_weights=[-1.0]), r"Received: x_weights=\[-1.0\]"),
+        (lambda: wasserstein1([[0.0]], [[0.0]], y_weights=[1.0, 1.0]), "Expected 1 finite weights"),
+        (lambda: hkr_optimum([[0.0], [1.0]], [1, 1], 1.0, 0.1), "2 labels with 2 positive"),
+        (lambda: hkr_optimum([[0.0], [1.0]], [1, 2], 1.0, 0.1), "Expected labels"),
+        (lambda: hkr_optimum([[0.0], [1.0]], [1, 0], np.inf, 0.1), "Received: alpha=inf"),
+        (lambda: hkr_optimum([[0.0], [1.0]], [1, 0], 1.0, -0.1), "Received: margin=-0.1"),
+    ],
+)
+def test_errors(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
