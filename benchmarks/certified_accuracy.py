@@ -102,15 +102,21 @@ def run(options) -> dict:
     )
     model.compile(keras.optimizers.Adam(schedule), loss=LOSSES[options.loss](options))
     batches = Augmented(data.x_train, data.y_train, options.batch, options.flip, options.shift, options.seed)
-    start = time.perf_counter()
+    start, start_cpu = time.perf_counter(), time.process_time()
     model.fit(batches, epochs=options.epochs, verbose=options.verbose, callbacks=[hkr.callbacks.Orthonormalize()])
-    seconds = time.perf_counter() - start
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - start_cpu
     certificate = hkr.certify(model, data.x_test, batch_size=512, verbose=0)
+    backend = keras.backend.backend()
     result = {
+        "library": f"hkr_keras {hkr.__version__}",
         **{name: value for name, value in vars(options).items() if name not in ("json", "verbose", "attack", "train")},
-        "backend": keras.backend.backend(),
+        "backend": backend,
+        "machine": f"{os.cpu_count()} x {platform.machine()}",
+        "versions": f"Keras {keras.__version__}, {backend} {__import__(backend).__version__}, "
+        f"Python {platform.python_version()}",
         "parameters": model.count_params(),
         "seconds": round(seconds, 1),
+        "cpu_seconds": round(cpu_seconds, 1),
         "bound": certificate.bound,
         "clean": certificate.accuracy(data.y_test),
         **{f"certified_{e:.3g}": certificate.accuracy(data.y_test, e) for e in EPSILONS},

@@ -1,4 +1,4 @@
-"""Pictures: certified-accuracy curves, decision fields of models with two inputs, singular values.
+"""Pictures: certified-accuracy curves, frontiers, decision fields of models with two inputs, singular values.
 
 Needs matplotlib: `pip install 'hkr_keras[plots]'`. Every function draws on `ax`, or on a new figure, and
 returns the axes.
@@ -58,6 +58,50 @@ def plot_certified_accuracy(certificate: Certificate, y, ax=None, label=None, co
         )
     ax.set(xlabel="L2 radius of the perturbation", ylabel="certified accuracy", ylim=(0, 1.02))
     ax.set_xlim(0, max(1e-6, float(radius.max())) * 1.02)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(alpha=0.25)
+    return ax
+
+
+def plot_frontier(clean, certified, ax=None, label=None, color=_BLUE):
+    """Clean against certified accuracy of several settings: seeds as dots, means joined.
+
+    Args:
+        clean: accuracies in [0, 1], `(settings,)` or `(settings, seeds)`; NaN for a seed that is missing.
+        certified: certified accuracies at one radius, of the same shape.
+        ax: matplotlib axes, or `None` for a new figure.
+        label: of the line, for a legend.
+        color: of the line and the dots.
+
+    Returns:
+        The axes, in percent.
+
+    Raises:
+        ValueError: for arrays of different shapes.
+
+    Example:
+
+    >>> import matplotlib; matplotlib.use("Agg")
+    >>> ax = plot_frontier([[0.9, 0.91], [0.85, 0.86]], [[0.6, 0.61], [0.7, 0.69]])
+    >>> ax.lines[0].get_xdata().round(1).tolist()
+    [85.5, 90.5]
+    """
+    clean, certified = (np.asarray(values, "float64").reshape(len(values), -1) for values in (clean, certified))
+    if clean.shape != certified.shape:
+        raise ValueError(
+            "Expected two arrays of the same shape. "
+            f"Received: clean.shape={clean.shape}, certified.shape={certified.shape}"
+        )
+    ax = _axes(ax, figsize=(5.2, 4.2))
+    means = 100 * np.stack([np.nanmean(clean, axis=1), np.nanmean(certified, axis=1)], axis=1)
+    order = np.argsort(means[:, 0])
+    ax.plot(
+        *means[order].T, "-", color=color, linewidth=2, label=label, marker="o", markersize=6, markerfacecolor="white"
+    )
+    ax.plot(
+        100 * clean.ravel(), 100 * certified.ravel(), "o", color=color, markersize=3.5, alpha=0.7, markeredgewidth=0
+    )
+    ax.set(xlabel="clean accuracy, %", ylabel="certified accuracy, %")
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(alpha=0.25)
     return ax
