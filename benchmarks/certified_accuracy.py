@@ -34,6 +34,10 @@ LOSSES = {
     "log_sum_exp_hkr": lambda o: hkr.losses.LogSumExpHKR(o.alpha, o.margin),
     "crossentropy": lambda o: hkr.losses.MarginCrossentropy(o.temperature, o.margin),
 }
+OPTIMIZERS = {
+    "adam": keras.optimizers.Adam,
+    "stiefel_muon": hkr.optimizers.StiefelMuon,
+}
 
 
 def flipped(x, rng):
@@ -100,7 +104,7 @@ def run(options) -> dict:
     schedule = keras.optimizers.schedules.CosineDecay(
         options.rate / 20, steps, warmup_target=options.rate, warmup_steps=max(1, steps // 20)
     )
-    model.compile(keras.optimizers.Adam(schedule), loss=LOSSES[options.loss](options))
+    model.compile(OPTIMIZERS[options.optimizer](schedule), loss=LOSSES[options.loss](options))
     batches = Augmented(data.x_train, data.y_train, options.batch, options.flip, options.shift, options.seed)
     start, start_cpu = time.perf_counter(), time.process_time()
     model.fit(batches, epochs=options.epochs, verbose=options.verbose, callbacks=[hkr.callbacks.Orthonormalize()])
@@ -161,6 +165,7 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=10.0)
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adam")
     parser.add_argument("--rate", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--flip", action="store_true", help="mirror images by chance")

@@ -24,14 +24,32 @@ RESULTS = HERE / "results" / "frontier.jsonl"
 IMAGE = HERE.parent / "docs" / "images" / "frontier.png"
 EPSILONS = (36 / 255, 0.25, 0.5, 1.0)
 SCRIPTS = {"hkr_keras": ("certified_accuracy.py",), "deel-lip": ("peers.py",)}
-PARAMETERS = ("loss", "alpha", "margin", "temperature", "rate")
+NAMES = {"hkr": "MulticlassHKR", "log_sum_exp_hkr": "LogSumExpHKR", "crossentropy": "MarginCrossentropy"}
+PEER_NAMES = {
+    "hkr": "MulticlassHKR",
+    "crossentropy": "TauCategoricalCrossentropy",
+    "categorical_hinge": "CategoricalHinge",
+}
 LINES = (("hkr_keras", "hkr_keras, proven", "#1f5fa8"), ("deel-lip", "deel-lip 1.5.0, own claim (unsound)", "#d9622b"))
 SETTINGS = {
     "hkr_keras": [
-        {"loss": "crossentropy", "temperature": 20.0, "margin": 0.35, "rate": 1e-2},
+        {"loss": loss, **values, "optimizer": "stiefel_muon", "rate": 0.02}
+        for loss, values in (
+            ("crossentropy", {"temperature": 20.0, "margin": 0.4}),
+            ("crossentropy", {"temperature": 10.0, "margin": 0.5}),
+            ("crossentropy", {"temperature": 10.0, "margin": 0.7}),
+            ("log_sum_exp_hkr", {"alpha": 50.0, "margin": 0.5}),
+            ("hkr", {"alpha": 50.0, "margin": 0.55}),
+        )
     ],
     "deel-lip": [
-        {"loss": "hkr", "alpha": 50.0, "margin": 1.0, "rate": 3e-3},
+        {"loss": loss, **values, "pooling": "invertible", "rate": 3e-3}
+        for loss, values in (
+            ("categorical_hinge", {"margin": 0.3}),
+            ("categorical_hinge", {"margin": 0.6}),
+            ("categorical_hinge", {"margin": 1.2}),
+            ("hkr", {"alpha": 50.0, "margin": 1.0}),
+        )
     ],
 }
 
@@ -42,14 +60,15 @@ def library(result: dict) -> str:
 
 
 def matches(result: dict, name: str, setting: dict, seed: int) -> bool:
-    """Whether a result is that of a setting."""
+    """Whether a result is that of a setting and a seed."""
     return library(result) == name and result["seed"] == seed and setting.items() <= result.items()
 
 
 def label(setting: dict) -> str:
-    """A setting in words."""
-    keys = [key for key in ("alpha", "temperature", "margin", "rate") if key in setting]
-    return ", ".join([setting["loss"].replace("_", " "), *(f"{key} {setting[key]:g}" for key in keys)])
+    """The loss of a setting, under the name that its library gives it."""
+    name = NAMES[setting["loss"]] if "optimizer" in setting else PEER_NAMES[setting["loss"]]
+    keys = [key for key in ("alpha", "temperature", "margin") if key in setting]
+    return f"`{name}({', '.join(f'{setting[key]:g}' for key in keys)})`"
 
 
 def summarise(results: list[dict], seeds) -> list[dict]:
@@ -88,6 +107,21 @@ def show(rows: list[dict]) -> None:
     Console(width=180).print(table)
 
 
+def markdown(rows: list[dict]) -> str:
+    """The table of the README: means over seeds, and in brackets the spread."""
+    columns = ["clean", *(f"certified_{epsilon:.3g}" for epsilon in EPSILONS), "mean_radius"]
+    lines = [
+        "| library | loss | clean | certified at 36/255 | at 0.25 | at 0.5 | at 1 | mean radius | CPU seconds |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        values = [matrix([row], column) for column in columns]
+        cells = [f"{100 * value.mean():.1f} ({100 * np.ptp(value):.1f})" for value in values[:-1]]
+        cells += [f"{values[-1].mean():.3f} ({np.ptp(values[-1]):.3f})", f"{matrix([row], 'cpu_seconds').mean():.0f}"]
+        lines.append(f"| {row['library']} | {label(row['setting'])} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def draw(rows: list[dict], path: pathlib.Path) -> None:
     """The picture: one panel for each epsilon, seeds as dots, means joined."""
     import matplotlib
@@ -116,6 +150,7 @@ def main() -> None:
     parser.add_argument("--libraries", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--results", type=pathlib.Path, default=RESULTS)
+    parser.add_argument("--markdown", action="store_true", help="print the table of the README too")
     parser.add_argument("--image", type=pathlib.Path, default=IMAGE)
     options = parser.parse_args()
     results = read(options.results)
@@ -128,6 +163,8 @@ def main() -> None:
         results = read(options.results)
     rows = summarise([r for r in results if library(r) in options.libraries], options.seeds)
     show(rows)
+    if options.markdown:
+        print(markdown(rows))
     draw(rows, options.image)
 
 

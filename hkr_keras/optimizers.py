@@ -33,7 +33,7 @@ class StiefelMuon(keras.optimizers.Optimizer):
 
     >>> import keras, numpy as np, hkr_keras as hkr
     >>> model = hkr.models.lipschitz_mlp((4,), 1, widths=(8,))
-    >>> model.compile(hkr.optimizers.StiefelMuon(0.1), hkr.losses.HKR())
+    >>> model.compile(hkr.optimizers.StiefelMuon(), hkr.losses.HKR())
     >>> history = model.fit(np.ones((8, 4)), np.arange(8) % 2, verbose=0)
     >>> bool(hkr.lipschitz_bound(model) < 1 + 1e-5)
     True
@@ -45,9 +45,9 @@ class StiefelMuon(keras.optimizers.Optimizer):
 
     def __init__(
         self,
-        learning_rate=0.1,
-        adam_ratio=0.05,
-        momentum=0.9,
+        learning_rate=0.02,
+        adam_ratio=0.25,
+        momentum=0.95,
         beta_1=0.9,
         beta_2=0.999,
         epsilon=1e-7,

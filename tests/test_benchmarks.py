@@ -8,6 +8,7 @@ import sys
 import bound_cost
 import certified_accuracy
 import frontier
+import gradient_depth
 import keras
 import numpy as np
 import peers
@@ -25,6 +26,7 @@ OPTIONS = {
     "temperature": 10.0,
     "epochs": 1,
     "batch": 32,
+    "optimizer": "adam",
     "rate": 1e-2,
     "seed": 0,
     "flip": False,
@@ -115,6 +117,11 @@ def test_frontier_of_stored_results(tmp_path, capsys):
     assert "deel-lip" in capsys.readouterr().out
 
 
+def test_the_table_of_the_readme_is_that_of_the_results():
+    rows = frontier.summarise(frontier.read(frontier.RESULTS), seeds=(0, 1, 2))
+    assert frontier.markdown(rows) in (frontier.HERE.parent / "README.md").read_text()
+
+
 def test_frontier_runs_what_is_missing(tmp_path, monkeypatch):
     results = tmp_path / "results.jsonl"
     setting = {"dataset": "digits", "model": "mlp", "loss": "crossentropy", "temperature": 5.0, "epochs": 1}
@@ -123,3 +130,26 @@ def test_frontier_runs_what_is_missing(tmp_path, monkeypatch):
     assert frontier.matches(result, "hkr_keras", setting, 3)
     assert not frontier.matches(result, "hkr_keras", setting, 4)
     assert not frontier.matches(result, "deel-lip", setting, 3)
+
+
+def test_the_recipe_of_colour_images_runs(monkeypatch):
+    rng = np.random.default_rng(0)
+    x, y = rng.random((64, 8, 8, 3), dtype="float32"), rng.integers(0, 10, 64)
+    data = hkr.datasets.Dataset("cifar10", x, y, x[:32], y[:32], 10)
+    monkeypatch.setattr(hkr.datasets, "load", lambda name, seed: data)
+    recipe = {"dataset": "cifar10", "model": "cnn_orthogonal", "loss": "crossentropy", "margin": 0.35, "rate": 0.02}
+    augmentation = {"optimizer": "stiefel_muon", "flip": True, "shift": 2}
+    result = certified_accuracy.run(argparse.Namespace(**{**OPTIONS, **recipe, **augmentation}))
+    assert result["certified_0.141"] <= result["clean"]
+    assert result["bound"] < 1.5
+
+
+def test_gradients_of_a_deep_orthogonal_net_do_not_vanish():
+    norms = {}
+    for name in ("OrthogonalConv2D, circular", "LipschitzConv2D"):
+        keras.utils.set_random_seed(0)
+        model, blocks = gradient_depth.network(name, 24)
+        images = np.random.default_rng(0).random((2, 8, 8, 1), dtype="float32")
+        norms[name] = gradient_depth.gradient_norms(model, blocks, images)
+    np.testing.assert_allclose(norms["OrthogonalConv2D, circular"], 1, atol=1e-3)  # float32, 24 layers
+    assert norms["LipschitzConv2D"][0] < 1e-6
