@@ -35,7 +35,6 @@ SETTINGS = {
     "hkr_keras": [
         {"loss": loss, **values, "optimizer": "stiefel_muon", "rate": 0.02}
         for loss, values in (
-            ("crossentropy", {"temperature": 20.0, "margin": 0.4}),
             ("crossentropy", {"temperature": 10.0, "margin": 0.5}),
             ("crossentropy", {"temperature": 10.0, "margin": 0.7}),
             ("log_sum_exp_hkr", {"alpha": 50.0, "margin": 0.5}),
