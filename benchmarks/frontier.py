@@ -86,12 +86,9 @@ def summarise(results: list[dict], seeds) -> list[dict]:
     return rows
 
 
-def matrix(rows: list[dict], key: str) -> np.ndarray:
-    """One figure of all runs, `(settings, seeds)`; NaN for a run that is missing."""
-    values = np.full((len(rows), max(len(row["runs"]) for row in rows)), np.nan)
-    for line, row in zip(values, rows, strict=True):
-        line[: len(row["runs"])] = [run[key] for run in row["runs"]]
-    return values
+def figures(row: dict, key: str) -> np.ndarray:
+    """One figure of all runs of a row."""
+    return np.array([run[key] for run in row["runs"]])
 
 
 def cells(row: dict) -> list[str]:
@@ -99,10 +96,10 @@ def cells(row: dict) -> list[str]:
     found = [str(len(row["runs"]))]
     for column in COLUMNS:
         factor, digits = (1, 3) if column == "mean_radius" else (100, 1)
-        values = factor * matrix([row], column)
+        values = factor * figures(row, column)
         spread = f" ({np.ptp(values):.{digits}f})" if values.size > 1 else ""
         found.append(f"{values.mean():.{digits}f}{spread}")
-    return [*found, f"{matrix([row], 'cpu_seconds').mean():.0f}"]
+    return [*found, f"{figures(row, 'cpu_seconds').mean():.0f}"]
 
 
 def show(rows: list[dict]) -> None:
@@ -134,7 +131,9 @@ def draw(rows: list[dict], path: pathlib.Path) -> None:
         for name, text, color in LINES:
             mine = [row for row in rows if row["library"] == name]
             if mine:
-                clean, certified = matrix(mine, "clean"), matrix(mine, f"certified_{epsilon:.3g}")
+                clean, certified = (
+                    [figures(row, key) for row in mine] for key in ("clean", f"certified_{epsilon:.3g}")
+                )
                 hkr.plotting.plot_frontier(clean, certified, ax, text, color)
         ax.set_title("radius 36/255" if epsilon == 36 / 255 else f"radius {epsilon:g}", fontsize=11)
         ax.set_ylabel("certified accuracy, %" if ax is axes[0] else "")

@@ -67,8 +67,8 @@ def plot_frontier(clean, certified, ax=None, label=None, color=_BLUE):
     """Clean against certified accuracy of several settings: seeds as dots, means joined.
 
     Args:
-        clean: accuracies in [0, 1], `(settings,)` or `(settings, seeds)`; NaN for a seed that is missing.
-        certified: certified accuracies at one radius, of the same shape.
+        clean: accuracies in [0, 1]: a number for every setting, or a sequence with one for each of its seeds.
+        certified: certified accuracies at one radius, in the same order.
         ax: matplotlib axes, or `None` for a new figure.
         label: of the line, for a legend.
         color: of the line and the dots.
@@ -77,7 +77,7 @@ def plot_frontier(clean, certified, ax=None, label=None, color=_BLUE):
         The axes, in percent.
 
     Raises:
-        ValueError: for arrays of different shapes.
+        ValueError: when the numbers of settings or of seeds differ.
 
     Example:
 
@@ -86,21 +86,18 @@ def plot_frontier(clean, certified, ax=None, label=None, color=_BLUE):
     >>> ax.lines[0].get_xdata().round(1).tolist()
     [85.5, 90.5]
     """
-    clean, certified = (np.asarray(values, "float64").reshape(len(values), -1) for values in (clean, certified))
-    if clean.shape != certified.shape:
+    clean, certified = (
+        [100 * np.atleast_1d(np.asarray(v, "float64")) for v in values] for values in (clean, certified)
+    )
+    if [len(values) for values in clean] != [len(values) for values in certified]:
         raise ValueError(
-            "Expected two arrays of the same shape. "
-            f"Received: clean.shape={clean.shape}, certified.shape={certified.shape}"
+            "Expected as many certified as clean accuracies for every setting. "
+            f"Received: {[len(values) for values in clean]} clean and {[len(values) for values in certified]} certified"
         )
     ax = _axes(ax, figsize=(5.2, 4.2))
-    means = 100 * np.stack([np.nanmean(clean, axis=1), np.nanmean(certified, axis=1)], axis=1)
-    order = np.argsort(means[:, 0])
-    ax.plot(
-        *means[order].T, "-", color=color, linewidth=2, label=label, marker="o", markersize=6, markerfacecolor="white"
-    )
-    ax.plot(
-        100 * clean.ravel(), 100 * certified.ravel(), "o", color=color, markersize=3.5, alpha=0.7, markeredgewidth=0
-    )
+    means = sorted((x.mean(), y.mean()) for x, y in zip(clean, certified, strict=True))
+    ax.plot(*zip(*means, strict=True), "o-", color=color, linewidth=2, label=label, markersize=6, markerfacecolor="w")
+    ax.plot(np.concatenate(clean), np.concatenate(certified), "o", color=color, markersize=3.5, alpha=0.7, mew=0)
     ax.set(xlabel="clean accuracy, %", ylabel="certified accuracy, %")
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(alpha=0.25)
