@@ -222,3 +222,64 @@ def spectral_ball(matrices: Tensor) -> Tensor:
     """
     w = ops.cast(matrices, _working_dtype(matrices))
     return ops.cast(w / ops.maximum(spectral_norm_bound(w), 1.0), matrices.dtype)
+
+
+def tangent(matrices: Tensor, gradients: Tensor) -> Tensor:
+    """The part of a gradient along the set of orthonormal matrices: what turns them, not what stretches them.
+
+    `G - W sym(W^T G)` for orthonormal columns, `G - sym(G W^T) W` for orthonormal rows: the nearest Z to G
+    for which `W^T Z` (or `Z W^T`) is skew.
+
+    Args:
+        matrices: orthonormal, `(..., rows, columns)`.
+        gradients: tensor of the same shape and dtype.
+
+    Returns:
+        Tensor of the same shape and dtype.
+
+    Example:
+
+    >>> from keras import ops
+    >>> float(ops.max(ops.abs(tangent(ops.eye(2), 3 * ops.eye(2)))))
+    0.0
+
+    Reference:
+        Edelman, Arias and Smith, SIAM J. Matrix Anal. Appl. 20 (1998), eq. 2.4.
+    """
+    if matrices.shape[-2] < matrices.shape[-1]:
+        return ops.swapaxes(tangent(ops.swapaxes(matrices, -1, -2), ops.swapaxes(gradients, -1, -2)), -1, -2)
+    product = ops.matmul(ops.swapaxes(matrices, -1, -2), gradients)
+    return gradients - ops.matmul(matrices, 0.5 * (product + ops.swapaxes(product, -1, -2)))
+
+
+def nearly_orthonormal(matrices: Tensor, steps: int = 5) -> Tensor:
+    """Roughly the nearest orthonormal matrices, from any start: all singular values that count end in [0.6, 1.3].
+
+    A quintic iteration that trades precision for speed: it is for directions of a step, never for kernels, since it
+    ends above 1.
+
+    Args:
+        matrices: floating point tensor `(..., rows, columns)`.
+        steps: iterations; five lift singular values from 1/500 of the largest.
+
+    Returns:
+        Tensor of the same shape and dtype. Zero matrices stay zero.
+
+    Example:
+
+    >>> from keras import ops
+    >>> bool(ops.all(ops.abs(nearly_orthonormal(ops.diag([9.0, 0.1])) - ops.eye(2)) < 0.4))
+    True
+
+    Reference:
+        Jordan et al., *Muon: an optimizer for hidden layers in neural networks*, 2024, for the coefficients.
+    """
+    w = ops.cast(matrices, _working_dtype(matrices))
+    wide = w.shape[-2] < w.shape[-1]
+    w = ops.swapaxes(w, -1, -2) if wide else w
+    w = w / ops.maximum(ops.max(ops.abs(w), axis=(-2, -1), keepdims=True), _TINY)
+    w = w / ops.maximum(_matrix_norm(w), _TINY)
+    for _ in range(steps):
+        gram = ops.matmul(ops.swapaxes(w, -1, -2), w)
+        w = 3.4445 * w + ops.matmul(w, 2.0315 * ops.matmul(gram, gram) - 4.775 * gram)
+    return ops.cast(ops.swapaxes(w, -1, -2) if wide else w, matrices.dtype)

@@ -1,4 +1,4 @@
-"""Pictures: accuracy against the radius, decision fields of models with two inputs, rows of images, singular values.
+"""Pictures: accuracy against the radius, frontiers, decision fields, rows of images, singular values.
 
 Needs matplotlib: `pip install 'hkr_keras[plots]'`. Every function draws on `ax`, or on a new figure, and
 returns the axes.
@@ -105,6 +105,47 @@ def plot_robustness(robustness, ax=None, largest: float | None = None):
             )
     ax.set(xlabel="L2 radius of the perturbation", ylabel="accuracy", ylim=(0, 1.02), xlim=(0, largest))
     ax.legend(loc="best", frameon=False)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(alpha=0.25)
+    return ax
+
+
+def plot_frontier(clean, certified, ax=None, label=None, color=_BLUE):
+    """Clean against certified accuracy of several settings: seeds as dots, means joined.
+
+    Args:
+        clean: accuracies in [0, 1]: a number for every setting, or a sequence with one for each of its seeds.
+        certified: certified accuracies at one radius, in the same order.
+        ax: matplotlib axes, or `None` for a new figure.
+        label: of the line, for a legend.
+        color: of the line and the dots.
+
+    Returns:
+        The axes, in percent.
+
+    Raises:
+        ValueError: when the numbers of settings or of seeds differ.
+
+    Example:
+
+    >>> import matplotlib; matplotlib.use("Agg")
+    >>> ax = plot_frontier([[0.9, 0.91], [0.85, 0.86]], [[0.6, 0.61], [0.7, 0.69]])
+    >>> ax.lines[0].get_xdata().round(1).tolist()
+    [85.5, 90.5]
+    """
+    clean, certified = (
+        [100 * np.atleast_1d(np.asarray(v, "float64")) for v in values] for values in (clean, certified)
+    )
+    if [len(values) for values in clean] != [len(values) for values in certified]:
+        raise ValueError(
+            "Expected as many certified as clean accuracies for every setting. "
+            f"Received: {[len(values) for values in clean]} clean and {[len(values) for values in certified]} certified"
+        )
+    ax = _axes(ax, figsize=(5.2, 4.2))
+    means = sorted((x.mean(), y.mean()) for x, y in zip(clean, certified, strict=True))
+    ax.plot(*zip(*means, strict=True), "o-", color=color, linewidth=2, label=label, markersize=6, markerfacecolor="w")
+    ax.plot(np.concatenate(clean), np.concatenate(certified), "o", color=color, markersize=3.5, alpha=0.7, mew=0)
+    ax.set(xlabel="clean accuracy, %", ylabel="certified accuracy, %")
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(alpha=0.25)
     return ax

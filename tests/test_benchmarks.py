@@ -1,14 +1,21 @@
 """The benchmark scripts, in little: they run, and their figures are of the right kind."""
 
 import argparse
+import itertools
 import json
 import sys
 
 import bound_cost
 import certified_accuracy
+import frontier
+import gradient_depth
+import keras
 import numpy as np
+import peers
 import price_of_rigour
 import pytest
+
+import hkr_keras as hkr
 
 OPTIONS = {
     "dataset": "digits",
@@ -19,6 +26,7 @@ OPTIONS = {
     "temperature": 10.0,
     "epochs": 1,
     "batch": 32,
+    "optimizer": "adam",
     "rate": 1e-2,
     "seed": 0,
     "flip": False,
@@ -70,3 +78,78 @@ def test_price_of_rigour():
     ((exact, _), (rigorous, _)), y = price_of_rigour.certificates("digits MLP 256-128-64, HKR", seed=0, epochs=1)
     assert rigorous.accuracy(y, 0.1) <= exact.accuracy(y, 0.1)
     assert np.all(rigorous.radius <= exact.radius)
+
+
+@pytest.mark.parametrize("head", peers.FACTORS)
+def test_claims_of_the_peer_are_those_of_its_head(head):
+    logits, labels = np.random.default_rng(0).normal(size=(200, 10)), np.random.default_rng(1).integers(0, 10, 200)
+    radius = keras.ops.convert_to_numpy(hkr.margins.certified_radius(labels, logits.astype("float32"), head=head))
+    claims = peers.claimed(logits, labels, head)
+    assert claims["clean"] == (radius > 0).mean()
+    for epsilon in peers.EPSILONS:
+        assert claims[f"certified_{epsilon:.3g}"] == (radius > epsilon).mean()
+    assert claims["mean_radius"] == pytest.approx(np.maximum(radius, 0).mean(), rel=1e-5)
+
+
+def test_the_peer_needs_an_old_python(tmp_path, monkeypatch):
+    monkeypatch.setattr(peers, "ENVIRONMENT", tmp_path / "peers")
+    monkeypatch.setattr(sys, "version_info", (3, 13, 0))
+    with pytest.raises(SystemExit, match=r"Expected Python 3\.9 to 3\.11"):
+        peers.interpreter()
+    assert not (tmp_path / "peers").exists()
+
+
+def test_frontier_of_stored_results(tmp_path, capsys):
+    results = frontier.read(frontier.RESULTS)
+    rows = frontier.summarise(results, seeds=(0, 1, 2))
+    assert {row["library"] for row in rows} == set(frontier.SETTINGS)
+    for row in rows:
+        assert 1 <= len(row["runs"]) <= 3
+        for run in row["runs"]:
+            figures = [run["clean"], *(run[f"certified_{epsilon:.3g}"] for epsilon in frontier.EPSILONS)]
+            assert all(a > b for a, b in itertools.pairwise(figures))
+            assert run["machine"]
+            assert run["versions"]
+    image = tmp_path / "frontier.png"
+    frontier.draw(rows, image)
+    assert image.stat().st_size > 10_000
+    frontier.show(rows)
+    assert "deel-lip" in capsys.readouterr().out
+
+
+def test_the_table_of_the_readme_is_that_of_the_results():
+    rows = frontier.summarise(frontier.read(frontier.RESULTS), seeds=(0, 1, 2))
+    assert frontier.markdown(rows) in (frontier.HERE.parent / "README.md").read_text()
+
+
+def test_frontier_runs_what_is_missing(tmp_path, monkeypatch):
+    results = tmp_path / "results.jsonl"
+    setting = {"dataset": "digits", "model": "mlp", "loss": "crossentropy", "temperature": 5.0, "epochs": 1}
+    frontier.train("hkr_keras", setting, 3, results)
+    (result,) = frontier.read(results)
+    assert frontier.matches(result, "hkr_keras", setting, 3)
+    assert not frontier.matches(result, "hkr_keras", setting, 4)
+    assert not frontier.matches(result, "deel-lip", setting, 3)
+
+
+def test_the_recipe_of_colour_images_runs(monkeypatch):
+    rng = np.random.default_rng(0)
+    x, y = rng.random((64, 8, 8, 3), dtype="float32"), rng.integers(0, 10, 64)
+    data = hkr.datasets.Dataset("cifar10", x, y, x[:32], y[:32], 10)
+    monkeypatch.setattr(hkr.datasets, "load", lambda name, seed: data)
+    recipe = {"dataset": "cifar10", "model": "cnn_orthogonal", "loss": "crossentropy", "margin": 0.35, "rate": 0.02}
+    augmentation = {"optimizer": "stiefel_muon", "flip": True, "shift": 2}
+    result = certified_accuracy.run(argparse.Namespace(**{**OPTIONS, **recipe, **augmentation}))
+    assert result["certified_0.141"] <= result["clean"]
+    assert result["bound"] < 1.5
+
+
+def test_gradients_of_a_deep_orthogonal_net_do_not_vanish():
+    norms = {}
+    for name in ("OrthogonalConv2D, circular", "LipschitzConv2D"):
+        keras.utils.set_random_seed(0)
+        model, blocks = gradient_depth.network(name, 24)
+        images = np.random.default_rng(0).random((2, 8, 8, 1), dtype="float32")
+        norms[name] = gradient_depth.gradient_norms(model, blocks, images)
+    np.testing.assert_allclose(norms["OrthogonalConv2D, circular"], 1, atol=1e-3)  # float32, 24 layers
+    assert norms["LipschitzConv2D"][0] < 1e-6

@@ -1,0 +1,235 @@
+"""The same network, data and time with deel-lip 1.5.0, in an environment of its own.
+
+    python benchmarks/peers.py --loss hkr --alpha 50 --margin 0.5 --rate 3e-3 --json results.jsonl
+    python benchmarks/peers.py --steps
+
+The first form trains the peer and stores what it claims of itself; `--steps` times a training step of both libraries,
+in turn. The first call makes the environment (Python up to 3.11, TensorFlow 2.15, about 1 GB) under `build/`, which
+Git ignores; nothing of the package needs it. `--margin` is deel-lip's `min_margin`, twice the margin of this package.
+
+Its certificate is the one its metrics compute: the lead of the first logit over 2, where the neurons of the last layer
+have norm 1, or over the root of 2, under the assumption that every layer is 1-Lipschitz. That is wrong for its padded
+convolutions, whose padding factor is a mean and not a maximum (norms of 1.02 to 1.2): its radii are claims, no proofs.
+"""
+
+import argparse
+import json
+import math
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+import time
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import numpy as np
+
+EPSILONS = (36 / 255, 0.25, 0.5, 1.0)
+ENVIRONMENT = pathlib.Path(__file__).parents[1] / "build" / "peers"
+REQUIREMENTS = ("deel-lip==1.5.0", "tensorflow-cpu==2.15.1", "numpy==1.26.4", "setuptools<81")
+FACTORS = {"unit_norm": 2.0, "orthonormal": math.sqrt(2.0)}
+LOSSES = {
+    "hkr": lambda losses, o: losses.MulticlassHKR(o.alpha, o.margin),
+    "crossentropy": lambda losses, o: losses.TauCategoricalCrossentropy(o.temperature),
+    "multi_margin": lambda losses, o: losses.MultiMargin(o.margin),
+    "categorical_hinge": lambda losses, o: losses.CategoricalHinge(o.margin),
+}
+
+
+def interpreter() -> pathlib.Path:
+    """Python of the peer's environment, which is made when it is missing.
+
+    Raises:
+        SystemExit: on a Python that TensorFlow 2.15 does not support.
+    """
+    python = ENVIRONMENT / "bin" / "python"
+    done = ENVIRONMENT / "installed"
+    if not done.exists():
+        if not (3, 9) <= sys.version_info[:2] <= (3, 11):
+            raise SystemExit(
+                "Expected Python 3.9 to 3.11, the newest that TensorFlow 2.15 and so deel-lip 1.5.0 support. "
+                f"Received: Python {platform.python_version()}"
+            )
+        subprocess.run([sys.executable, "-m", "venv", "--clear", str(ENVIRONMENT)], check=True)
+        subprocess.run([str(python), "-m", "pip", "install", "--quiet", *REQUIREMENTS], check=True)
+        done.touch()
+    return python
+
+
+def network(pooling: str = "l2_norm", head: str = "unit_norm"):
+    """16, 16, pool, 32, 32, pool, 64, 10 on 28 x 28, from the layers of deel-lip."""
+    from deel.lip import layers, model
+    from tensorflow.keras.layers import Flatten, Input
+
+    pool = {"l2_norm": layers.ScaledL2NormPooling2D, "invertible": layers.InvertibleDownSampling}[pooling]
+    dense = {"unit_norm": layers.FrobeniusDense, "orthonormal": layers.SpectralDense}[head]
+    parts = [Input((28, 28, 1))]
+    for filters in (16, 32):
+        for _ in range(2):
+            parts += [layers.SpectralConv2D(filters, 3, padding="same"), layers.GroupSort2()]
+        parts.append(pool((2, 2)))
+    return model.Sequential([*parts, Flatten(), layers.SpectralDense(64), layers.GroupSort2(), dense(10)])
+
+
+def own_network():
+    """The same sizes here: orthogonal convolutions and invertible down-sampling."""
+    import hkr_keras as hkr
+
+    return hkr.models.lipschitz_cnn((28, 28, 1), 10, orthogonal=True)
+
+
+def claimed(logits: np.ndarray, labels: np.ndarray, head: str = "unit_norm") -> dict[str, float]:
+    """Clean and certified accuracy and the mean radius, from the lead of the first logit.
+
+    Args:
+        logits: `(n, classes)`.
+        labels: `(n,)` integers.
+        head: `"unit_norm"`, each logit 1-Lipschitz: the lead over 2; `"orthonormal"`, the vector of them: over root 2.
+
+    Returns:
+        `clean`, `certified_...` for every epsilon, and `mean_radius`, in which wrong predictions count as 0.
+
+    Example:
+
+    >>> claimed(np.array([[1.0, 0.0], [0.0, 0.2]]), np.array([0, 1]))["certified_0.25"]
+    0.5
+    """
+    second, first = np.sort(logits.astype("float64"), axis=1)[:, -2:].T
+    radius = np.where(logits.argmax(axis=1) == labels, (first - second) / FACTORS[head], 0.0)
+    return {
+        "clean": float((logits.argmax(axis=1) == labels).mean()),
+        **{f"certified_{epsilon:.3g}": float((radius > epsilon).mean()) for epsilon in EPSILONS},
+        "mean_radius": float(radius.mean()),
+    }
+
+
+def train(options) -> dict:
+    """Trains the peer; the figures of one line. Runs in the peer's environment."""
+    import tensorflow as tf
+    from deel.lip import losses
+
+    tf.keras.utils.set_random_seed(options.seed)
+    (x_train, y_train), (x_test, y_test) = tf.keras.datasets.fashion_mnist.load_data()
+    x_train, x_test = ((x[..., None] / 255).astype("float32") for x in (x_train, x_test))
+    if options.train:
+        x_train, y_train = x_train[: options.train], y_train[: options.train]
+    used = len(x_train) // options.batch * options.batch
+    steps = options.epochs * used // options.batch
+    schedule = tf.keras.optimizers.schedules.CosineDecay(
+        options.rate / 20, steps, warmup_target=options.rate, warmup_steps=max(1, steps // 20)
+    )
+    model = network(options.pooling, options.head)
+    model.compile(tf.keras.optimizers.Adam(schedule), loss=LOSSES[options.loss](losses, options))
+    batches = tf.data.Dataset.from_tensor_slices((x_train, tf.one_hot(y_train, 10)))
+    batches = batches.shuffle(len(x_train), seed=options.seed).batch(options.batch, drop_remainder=True).prefetch(2)
+    start, start_cpu = time.perf_counter(), time.process_time()
+    model.fit(batches, epochs=options.epochs, verbose=options.verbose)
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - start_cpu
+    return {
+        "library": "deel-lip 1.5.0",
+        "dataset": "fashion_mnist",
+        "model": "cnn",
+        **{name: value for name, value in vars(options).items() if name in SETTING},
+        "machine": f"{os.cpu_count()} x {platform.machine()}",
+        "versions": f"TensorFlow {tf.__version__}, Python {platform.python_version()}",
+        "parameters": model.count_params(),
+        "seconds": round(seconds, 1),
+        "cpu_seconds": round(cpu_seconds, 1),
+        **claimed(model.predict(x_test, batch_size=512, verbose=0), y_test, options.head),
+    }
+
+
+SETTING = ("loss", "alpha", "margin", "temperature", "epochs", "batch", "rate", "seed", "pooling", "head")
+
+
+def serve_steps(library: str, count: int) -> None:
+    """Times `count` training steps whenever a line comes in, and answers with milliseconds per step."""
+    if library == "deel-lip":
+        import tensorflow as tf
+        from deel.lip import losses
+
+        model, loss, adam = network(), losses.MulticlassHKR(50.0, 1.0), tf.keras.optimizers.Adam(1e-3)
+        labels = np.eye(10, dtype="float32")
+    else:
+        import keras
+
+        import hkr_keras as hkr
+
+        model, loss, adam = own_network(), hkr.losses.MulticlassHKR(50.0, 0.5), keras.optimizers.Adam(1e-3)
+        labels = np.arange(10)
+    rng = np.random.default_rng(0)
+    x = rng.random((128 * count, 28, 28, 1), dtype="float32")
+    y = labels[rng.integers(0, 10, len(x))]
+    model.compile(adam, loss=loss)
+    model.fit(x, y, batch_size=128, verbose=0)
+    for _ in sys.stdin:
+        start = time.perf_counter()
+        model.fit(x, y, batch_size=128, verbose=0, shuffle=False)
+        print(1e3 * (time.perf_counter() - start) / count, flush=True)
+
+
+def compare_steps(rounds: int, count: int) -> dict[str, float]:
+    """Milliseconds per training step of both libraries: minima of rounds in turn."""
+    environment = {**os.environ, "KERAS_BACKEND": "tensorflow"}
+    children = {
+        name: subprocess.Popen(
+            [str(python), __file__, "--serve", name, "--count", str(count)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        for name, python in (("hkr_keras", sys.executable), ("deel-lip", interpreter()))
+    }
+    best = dict.fromkeys(children, float("inf"))
+    for _ in range(rounds):
+        for name, child in children.items():
+            print(file=child.stdin, flush=True)
+            best[name] = min(best[name], float(child.stdout.readline()))
+    for child in children.values():
+        child.communicate()
+    return best
+
+
+def main() -> None:
+    """Trains the peer once, or times both libraries."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--loss", choices=LOSSES, default="hkr")
+    parser.add_argument("--alpha", type=float, default=50.0)
+    parser.add_argument("--margin", type=float, default=1.0, help="deel-lip's min_margin")
+    parser.add_argument("--temperature", type=float, default=10.0)
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--rate", type=float, default=3e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--pooling", choices=("l2_norm", "invertible"), default="l2_norm")
+    parser.add_argument("--head", choices=FACTORS, default="unit_norm")
+    parser.add_argument("--train", type=int, help="use the first training inputs only")
+    parser.add_argument("--verbose", type=int, default=2)
+    parser.add_argument("--json", help="append the figures to this file, one JSON object per line")
+    parser.add_argument("--steps", action="store_true", help="time a training step of both libraries")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--count", type=int, default=50, help="steps per round")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--serve", choices=("hkr_keras", "deel-lip"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.serve:
+        serve_steps(options.serve, options.count)
+    elif options.steps:
+        best = compare_steps(options.rounds, options.count)
+        ratio = best["deel-lip"] / best["hkr_keras"]
+        print(", ".join(f"{name} {value:.1f} ms" for name, value in best.items()), f"a step, ratio {ratio:.2f}")
+    elif options.child:
+        result = json.dumps(train(options))
+        print(result)
+        if options.json:
+            with open(options.json, "a") as file:
+                print(result, file=file)
+    else:
+        subprocess.run([str(interpreter()), __file__, "--child", *sys.argv[1:]], check=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""The optimizer of orthonormal kernels: what it does to a matrix, and that everything else is Adam."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import hkr_keras as hkr
+from hkr_keras import linalg
+
+SHAPES = [(6, 6), (8, 3), (3, 8), (2, 5, 4)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_tangent_turns_and_does_not_stretch(shape):
+    rng = np.random.default_rng(0)
+    w = ops.convert_to_numpy(linalg.orthonormal_basis(ops.convert_to_tensor(rng.normal(size=shape), dtype="float32")))
+    g = rng.normal(size=shape).astype("float32")
+    z = ops.convert_to_numpy(linalg.tangent(ops.convert_to_tensor(w), ops.convert_to_tensor(g)))
+    inner = w.swapaxes(-1, -2) @ z if shape[-2] >= shape[-1] else z @ w.swapaxes(-1, -2)
+    np.testing.assert_allclose(inner, -inner.swapaxes(-1, -2), atol=1e-5)  # float32 products of entries of order 1
+    normal = g - z
+    assert abs((normal * z).sum()) < 1e-4 * np.linalg.norm(g) ** 2  # an orthogonal projection
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_nearly_orthonormal_is_near_the_polar_factor(shape):
+    matrices = np.random.default_rng(1).normal(size=shape).astype("float32")
+    found = ops.convert_to_numpy(linalg.nearly_orthonormal(ops.convert_to_tensor(1e-20 * matrices)))
+    u, _, v = np.linalg.svd(matrices, full_matrices=False)
+    values = np.linalg.svd(found, compute_uv=False)
+    assert values.min() > 0.6
+    assert values.max() < 1.3
+    np.testing.assert_allclose(
+        u.swapaxes(-1, -2) @ found @ v.swapaxes(-1, -2) * (1 - np.eye(u.shape[-1])), 0, atol=0.02
+    )
+    assert not ops.convert_to_numpy(linalg.nearly_orthonormal(ops.zeros(shape))).any()
+
+
+def small(optimizer, seed=0):
+    keras.utils.set_random_seed(seed)
+    model = keras.Sequential(
+        [
+            keras.Input((8, 8, 1)),
+            *(hkr.layers.OrthogonalConv2D(4, (3, 2)), hkr.layers.GroupSort(2)),
+            *(hkr.layers.LipschitzConv2D(4, 3, strides=2), hkr.layers.GroupSort(2), keras.layers.Flatten()),
+            hkr.layers.LipschitzDense(3, kernel_constraint=hkr.constraints.UnitNorm()),
+        ]
+    )
+    model.compile(optimizer, hkr.losses.MarginCrossentropy(10.0, 0.1))
+    return model
+
+
+def task():
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 3, 192)
+    x = rng.normal(0, 0.2, (192, 8, 8, 1)).astype("float32")
+    x[np.arange(192), 2 * y] += 0.5
+    return x, y
+
+
+def test_trains_and_stays_on_the_constraint_set():
+    x, y = task()
+    model = small(hkr.optimizers.StiefelMuon(0.1))
+    losses = model.fit(x, y, batch_size=32, epochs=8, verbose=0).history["loss"]
+    assert losses[-1] < 0.5 * losses[0]
+    assert (model.predict(x, verbose=0).argmax(axis=1) == y).mean() > 0.95
+    head = np.linalg.norm(np.asarray(ops.convert_to_numpy(model.layers[-1].kernel)), axis=0)
+    np.testing.assert_allclose(head, 1, atol=1e-5)
+    body = keras.Sequential([keras.Input((8, 8, 1)), *model.layers[:-1]])
+    assert hkr.lipschitz_bound(body) < 1 + 1e-4  # one projection a step, without polishing
+
+
+def test_a_step_of_every_orthonormal_kernel_has_the_length_of_the_rate():
+    rate = 0.1
+    x, y = task()
+    model = small(hkr.optimizers.StiefelMuon(rate, momentum=0.0))
+    before = [np.array(ops.convert_to_numpy(v)) for v in model.trainable_variables]
+    model.fit(x, y, batch_size=192, verbose=0)
+    count = 0
+    for old, variable in zip(before, model.trainable_variables, strict=True):
+        constraint = getattr(variable, "constraint", None)
+        if isinstance(constraint, hkr.constraints.Orthonormal):
+            geometry = constraint.geometry
+            moves = ops.convert_to_numpy(
+                geometry.to_matrices(ops.convert_to_tensor(variable) - ops.convert_to_tensor(old)) * geometry.gain
+            )
+            norms = np.linalg.norm(moves, ord=2, axis=(-2, -1))
+            assert norms.max() < 1.4 * rate
+            assert norms.max() > 0.5 * rate
+            count += 1
+    assert count == 3
+
+
+def test_other_weights_follow_adam():
+    x, y = task()
+    weights = []
+    for optimizer in (
+        hkr.optimizers.StiefelMuon(0.1, adam_ratio=0.05, beta_2=0.99, epsilon=1e-5),
+        keras.optimizers.Adam(0.005, beta_2=0.99, epsilon=1e-5),
+    ):
+        keras.utils.set_random_seed(0)
+        model = keras.Sequential([keras.Input((8, 8, 1)), keras.layers.Flatten(), keras.layers.Dense(3)])
+        model.compile(optimizer, hkr.losses.MarginCrossentropy(10.0, 0.1))
+        model.fit(x, y, batch_size=64, epochs=2, shuffle=False, verbose=0)
+        weights.append(model.get_weights())
+    for own, adam in zip(*weights, strict=True):
+        np.testing.assert_allclose(own, adam, atol=1e-6)
+
+
+def test_is_stored_with_the_model(tmp_path):
+    x, y = task()
+    model = hkr.models.lipschitz_mlp((8, 8, 1), 3, widths=(4,))
+    model.compile(hkr.optimizers.StiefelMuon(0.05, adam_ratio=0.1, momentum=0.8), hkr.losses.MulticlassHKR())
+    model.fit(x, y, epochs=1, verbose=0)
+    model.save(tmp_path / "model.keras")
+    again = keras.models.load_model(tmp_path / "model.keras")
+    assert again.optimizer.get_config() == model.optimizer.get_config()
+    for one, other in zip(model.optimizer.variables, again.optimizer.variables, strict=True):
+        np.testing.assert_array_equal(ops.convert_to_numpy(one), ops.convert_to_numpy(other))
+
+
+def test_refuses_a_momentum_of_one():
+    with pytest.raises(ValueError, match="Received: momentum=1"):
+        hkr.optimizers.StiefelMuon(momentum=1.0)
