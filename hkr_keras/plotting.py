@@ -221,7 +221,7 @@ def plot_field(model, x, y, ax=None, circles: int = 25):
     extent = max(1e-6, float(np.abs(score).max()))
     image = ax.contourf(first, second, score, levels=np.linspace(-extent, extent, 25), cmap="RdBu", alpha=0.8)
     ax.contour(first, second, score, levels=[0.0], colors=[_INK], linewidths=2)
-    bar = ax.figure.colorbar(image, ax=ax, shrink=0.75, ticks=[-1, -0.5, 0, 0.5, 1] if extent > 1 else None)
+    bar = ax.figure.colorbar(image, ax=ax, shrink=0.75, ticks=[-1, -0.5, 0, 0.5, 1] if 1 < extent < 2 else None)
     bar.set_label("score f(x): no attack bridges a distance of |f(x)|")
     labels = np.asarray(y).reshape(-1) > 0
     for member, color in ((labels, _BLUE), (~labels, _ORANGE)):

@@ -90,7 +90,7 @@ plt.show()
 print(f"radius over distance: median {np.median((robustness.radius / robustness.distance)[found]):.2f}")
 
 # %% [markdown]
-# The changes are no noise: what it takes to be another digit is drawn into the image.
+# The changes are large enough to be seen, since smaller ones are ruled out.
 
 # %%
 shown = np.flatnonzero(found & robustness.is_correct)[:10]
