@@ -264,7 +264,6 @@ ATTACKS: dict[str, _Attack] = {
             binary_search_steps=5, steps=steps, stepsize=0.05, initial_const=1.0
         )
     ),
-    "HopSkipJump": _of_foolbox(lambda attacks, steps: attacks.HopSkipJumpAttack(steps=steps)),
     "AutoPGD": _of_art(_auto_pgd),
     "Square": _of_art(_square),
 }
@@ -294,9 +293,8 @@ def evaluate_robustness(
         y: labels `(n,)`, `(n, 1)` or one-hot.
         epsilons: L2 distances in input units, above 0, at which to report accuracies; the sizes that `PGD`,
             `AutoPGD` and `Square` try. The others look for the smallest change.
-        attacks: names of `ATTACKS`, or attacks of foolbox. `PGD`, `DeepFool`, `DDN`, `C&W` (gradients) and
-            `HopSkipJump` (predictions) are foolbox's; `AutoPGD` (not on JAX) and `Square` (images of at least 5 x 5
-            pixels) are ART's.
+        attacks: names of `ATTACKS`, or attacks of foolbox. `PGD`, `DeepFool`, `DDN` and `C&W` are foolbox's; `AutoPGD`
+            (not on JAX) and `Square` (asks for predictions alone; images of at least 5 x 5 pixels) are ART's.
         certificate: of the model at x; `None` to make one.
         bounds: the smallest and the largest value that an input may take, as of the pixels of an image. `None` for
             no limits; attacks then stay within three times the range of the data, beyond which nothing is close.

@@ -88,8 +88,8 @@ plt.show()
 # ## Zeros and eights
 #
 # In 64 dimensions a sample is thin: hardly any two images are close, and the best function has to fit every single
-# one. Networks are smoother than that and take long to get there, the shallow ones never. That is no error of the
-# bound, which holds for every network at every step; the dip is a learning rate that is still too large.
+# one. Networks are smoother than that and take long to come close, the more so the shallower they are. That is no
+# error of the bound, which holds for every network at every step; the dip is a learning rate that is still too large.
 
 # %%
 data = hkr.datasets.load("digits")
