@@ -72,7 +72,7 @@ def gradient_norms(model: keras.Model, blocks, x: np.ndarray, seed: int = 0) -> 
         norms.append([np.linalg.norm(ops.convert_to_numpy(probe.offset)) for probe in probes])
     model.trainable = True
     norms = np.array(norms)
-    return (norms / norms[:, -1:]).mean(axis=0)
+    return (norms / np.maximum(norms[:, -1:], np.finfo("float32").tiny)).mean(axis=0)  # a dead net has 0 everywhere
 
 
 def measure(name: str, depth: int, epochs: int, inputs: int = 8, seed: int = 0):

@@ -85,7 +85,7 @@ print(f"proven Lipschitz constant   {certificate.bound:.6f}")
 print(f"clean accuracy              {certificate.accuracy(data.y_test):.1%}")
 for epsilon in (36 / 255, 0.25, 0.5):
     print(f"certified accuracy at {epsilon:<5.3g} {certificate.accuracy(data.y_test, epsilon):.1%}")
-hkr.plotting.plot_certified_accuracy(certificate, data.y_test, marks=(36 / 255, 0.25, 0.5))
+hkr.plotting.plot_certified_accuracy(certificate, data.y_test, marks=(0.25, 0.5, 1.0))
 plt.show()
 
 # %% [markdown]
@@ -136,11 +136,11 @@ assert (np.array(distances) > radii).all()
 
 fig, ax = plt.subplots(figsize=(5.2, 4.2), layout="constrained")
 ax.plot(radii, distances, "o", color="#1f5fa8", markersize=4)
-limit = max(distances) * 1.05
+limit = 1.5 * max(radii)
 ax.fill_between([0, limit], [0, limit], color="#d9622b", alpha=0.12, linewidth=0)
-ax.text(0.6 * limit, 0.3 * limit, "impossible", color="#d9622b", ha="center")
+ax.text(0.72 * limit, 0.3 * limit, "impossible", color="#d9622b", ha="center")
 ax.set(xlabel="certified radius", ylabel="distance at which the prediction changed")
-ax.set(xlim=(0, max(radii) * 1.5), ylim=(0, limit))
+ax.set(xlim=(0, limit), ylim=(0, None))
 ax.spines[["top", "right"]].set_visible(False)
 plt.show()
 
@@ -162,9 +162,9 @@ for ax, epsilon in zip(axes, (36 / 255, 0.5), strict=True):
     certified = [c.accuracy(data.y_test, epsilon) for c in certificates]
     hkr.plotting.plot_frontier(clean, certified, ax)
     for (alpha, margin), x, y in zip(settings, clean, certified, strict=True):
-        ax.annotate(f"{alpha}, {margin}", (100 * x, 100 * y), (6, 5), textcoords="offset points", fontsize=8)
+        ax.annotate(f"{alpha}, {margin}", (100 * x, 100 * y), (7, 7), textcoords="offset points", fontsize=8)
     ax.set_title(f"radius {epsilon:.3g}", fontsize=11)
-    ax.margins(0.2)
+    ax.margins(0.25)
 plt.show()
 
 # %% [markdown]
@@ -172,7 +172,7 @@ plt.show()
 #
 # The benchmark `frontier.py` tunes and trains deel-lip 1.5.0 and this package on the same data, with networks of
 # the same sizes, four epochs and three seeds for every setting. These are its stored results. One side proves its
-# radii from the stored weights; the other claims them, and its padded convolutions have constants up to 1.2 that
+# radii from the stored weights; the other claims them, and its padded convolutions have norms above 1 that
 # the claim leaves out.
 
 # %%

@@ -83,8 +83,8 @@ def test_price_of_rigour():
 @pytest.mark.parametrize("head", peers.FACTORS)
 def test_claims_of_the_peer_are_those_of_its_head(head):
     logits, labels = np.random.default_rng(0).normal(size=(200, 10)), np.random.default_rng(1).integers(0, 10, 200)
-    tensor = keras.ops.convert_to_tensor(logits, dtype="float32")
-    radius = keras.ops.convert_to_numpy(hkr.margins.certified_radius(labels, tensor, head=head))
+    tensors = keras.ops.convert_to_tensor(labels), keras.ops.convert_to_tensor(logits.astype("float32"))
+    radius = keras.ops.convert_to_numpy(hkr.margins.certified_radius(*tensors, head=head))
     claims = peers.claimed(logits, labels, head)
     assert claims["clean"] == (radius > 0).mean()
     for epsilon in peers.EPSILONS:
