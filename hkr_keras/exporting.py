@@ -262,7 +262,7 @@ class ExportedModel:
 
 
 def load(path) -> ExportedModel:
-    """Opens an exported file in its runtime (onnxruntime, LiteRT, or TensorFlow through Keras) with its certificate.
+    """Opens an exported file in its runtime (onnxruntime, LiteRT or TensorFlow) with its certificate.
 
     Args:
         path: as given to `export`.
@@ -308,8 +308,10 @@ def _litert(path):
 
 
 def _saved_model(path):
-    layer = keras.layers.TFSMLayer(str(path), call_endpoint="serve")
-    return lambda arrays: keras.ops.convert_to_numpy(layer(*arrays))
+    import tensorflow  # the runtime of such files, whatever the backend
+
+    module = tensorflow.saved_model.load(str(path))
+    return lambda arrays: module.serve(*arrays).numpy()
 
 
 _RUNTIMES = {"onnx": _onnx, "litert": _litert, "tf_saved_model": _saved_model}
