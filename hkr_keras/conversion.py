@@ -314,7 +314,7 @@ def _report(rows, model, bound: float) -> str:
         table.add_row(*row)
     loss = "HKR" if model.outputs[0].shape[-1] == 1 else "MulticlassHKR"
     text = io.StringIO()
-    rich.console.Console(file=text, width=100, force_jupyter=False).print(table)
+    rich.console.Console(file=text, width=100, force_terminal=False, force_jupyter=False).print(table)
     return (
         text.getvalue().rstrip()
         + "\n\nCompile the new model before you train it: "
