@@ -35,15 +35,11 @@ from hkr_keras.layers.recurrent import LipschitzSimpleRNNCell, recurrence_bound
 from hkr_keras.spectra import (
     EPSILON,
     convolution_bound,
-    convolution_spectrum,
     host,
     kernel_bound,
-    kernel_spectrum,
     matrix_spectrum,
     separable_bound,
 )
-
-__all__ = ["convolution_spectrum", "host", "kernel_spectrum", "matrix_spectrum"]  # and what is defined here
 
 # ---- activations ----------------------------------------------------------------------------------------
 

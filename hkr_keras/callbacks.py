@@ -5,10 +5,12 @@ from collections.abc import Iterable
 import keras
 from keras import ops
 
-from hkr_keras import bounds, constraints
+from hkr_keras import constraints
 from hkr_keras._registry import export
+from hkr_keras.bounds import lipschitz_bound
 from hkr_keras.certificates import certify
 from hkr_keras.geometry import kernel_geometries, model_kernels
+from hkr_keras.spectra import kernel_spectrum
 
 
 @export
@@ -135,11 +137,9 @@ class LipschitzMonitor(keras.callbacks.Callback):
         if logs is None:
             return
         model = self.model
-        logs["lipschitz_bound"] = bounds.lipschitz_bound(model)
+        logs["lipschitz_bound"] = lipschitz_bound(model)
         spectra = [
-            bounds.kernel_spectrum(layer, name)
-            for layer in model._flatten_layers()
-            for name in kernel_geometries(layer)
+            kernel_spectrum(layer, name) for layer in model._flatten_layers() for name in kernel_geometries(layer)
         ]
         if spectra:
             logs["sigma_min"] = min(spectrum.smallest for spectrum in spectra)

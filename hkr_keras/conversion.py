@@ -21,7 +21,7 @@ from hkr_keras.rebuilding import Layer, Rebuilder, StandIns, copied, from_config
 from hkr_keras.spectra import host
 from hkr_keras.stripping import keras_layers, to_keras
 
-__all__ = ["keras_layers", "to_keras"]  # and what is defined here
+__all__ = ["constrain", "keras_layers", "to_keras", "to_lipschitz"]
 
 _k, _a = keras.layers, keras.activations
 

@@ -6,9 +6,9 @@ returns the axes.
 
 import numpy as np
 
-from hkr_keras import bounds
 from hkr_keras.certificates import Certificate, certify
 from hkr_keras.geometry import kernel_geometries
+from hkr_keras.spectra import kernel_spectrum
 
 _INK, _BLUE, _ORANGE = "#222222", "#1f5fa8", "#d9622b"
 
@@ -254,7 +254,7 @@ def plot_singular_values(model, ax=None):
     for layer in model._flatten_layers():
         for name in kernel_geometries(layer):
             names.append(layer.name)
-            spectra.append(bounds.kernel_spectrum(layer, name))
+            spectra.append(kernel_spectrum(layer, name))
     for i, spectrum in enumerate(spectra):
         ax.plot(
             [spectrum.smallest, spectrum.largest], [i, i], color=_BLUE, linewidth=5, alpha=0.5, solid_capstyle="butt"

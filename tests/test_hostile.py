@@ -6,7 +6,7 @@ import pytest
 from helpers import to_numpy
 
 import hkr_keras as hkr
-from hkr_keras import bounds
+from hkr_keras import bounds, spectra
 
 K = keras.layers
 X = np.array([[1.0, 0.0]], "float32")
@@ -46,7 +46,7 @@ class TenfoldPrediction(keras.Sequential):
 @pytest.fixture
 def registered():
     """The (right) bounds that a user would register for the two layers."""
-    bounds.layer_bound.register(Ten, lambda layer: 10 * bounds.kernel_spectrum(layer, "kernel").bound)
+    bounds.layer_bound.register(Ten, lambda layer: 10 * spectra.kernel_spectrum(layer, "kernel").bound)
     bounds.layer_bound.register(TenTimes, lambda layer: 10.0)
 
 
