@@ -24,7 +24,7 @@ class StiefelMuon(keras.optimizers.Optimizer):
         adam_ratio: learning rate of the other weights, in units of `learning_rate`.
         momentum: of the orthonormal kernels, in [0, 1).
         beta_1, beta_2, epsilon: of Adam.
-        name, **kwargs: of `keras.optimizers.Optimizer`.
+        name, kwargs: of `keras.optimizers.Optimizer`.
 
     Raises:
         ValueError: for a momentum outside [0, 1).

@@ -56,7 +56,7 @@ def hkr_optimum(x, y, alpha: float, margin: float) -> float:
 
     With a share p of positive points it is the dual problem, the largest value of
 
-        sum over pairs of a positive x_i and a negative z_j of (2 m - |x_i - z_j|) plan_ij, minus 2 m,
+    `sum over pairs of a positive x_i and a negative z_j of (2 m - |x_i - z_j|) plan_ij, minus 2 m`
 
     over plans whose marginal densities lie in `[1, 1 + alpha p]` on the positive and `[1, 1 + alpha (1 - p)]` on the
     negative points: a transport in which points that the hinge is about may carry more mass. `HKR(alpha, margin)`
