@@ -31,9 +31,12 @@ lint: $(VENV)/.installed-test  ## Style, types and the layer contract
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(VENV)/.installed-test  ## The cost of a training step on every backend
+bench: $(VENV)/.installed-test  ## The cost of a training step, a projection and a layer on every backend
 	@set -e; for backend in $(BACKENDS); do \
-		KERAS_BACKEND=$$backend $(QUIET) $(BIN)/python benchmarks/step_cost.py; \
+		export KERAS_BACKEND=$$backend $(QUIET); \
+		$(BIN)/python benchmarks/step_cost.py --rounds 3; \
+		$(BIN)/python benchmarks/projection_cost.py --shapes 64x64 256x256 1024x1024 784x512 576x64; \
+		$(BIN)/python benchmarks/layer_cost.py --shapes 128x512 128x14x14x32; \
 	done
 
 notebooks: $(VENV)/.installed-test  ## Make the .ipynb files from their .py pairs, with outputs

@@ -7,7 +7,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ import keras
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from timing import peak_memory
 
 import hkr_keras as hkr
 
@@ -67,21 +67,21 @@ def measure(name: str, rounds: int) -> dict:
     keras.utils.set_random_seed(0)
     model = NETWORKS[name]()
     hkr.lipschitz_bound(keras.Sequential([keras.Input((4,)), K.Dense(2)]))  # imports and first calls
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_memory()
     seconds = np.inf
     for _ in range(rounds):
         hkr.spectra._RESULTS.clear()
         start = time.perf_counter()
         bound = hkr.lipschitz_bound(model)
         seconds = min(seconds, time.perf_counter() - start)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = peak_memory()
     return {
         "network": name,
         "parameters": model.count_params(),
         "bound": bound,
         "seconds": seconds,
-        "peak_gb": peak / 2**20,
-        "more_gb": (peak - before) / 2**20,
+        "peak_gb": peak / 2**10,
+        "more_gb": (peak - before) / 2**10,
     }
 
 

@@ -7,20 +7,13 @@ their JSON. "plain, ReLU" has ReLU and average pooling in place of sorting and r
 over interleaved rounds.
 """
 
-import argparse
-import os
-import platform
 import tempfile
-import time
 import warnings
-
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import keras
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 from step_cost import cnn
+from timing import interleaved, options, show, stopwatch, store
 
 import hkr_keras as hkr
 
@@ -40,20 +33,13 @@ def onnx_session(model, path: str):
 
 def compare(functions: dict, x, rounds: int) -> dict[str, float]:
     """Milliseconds of one call, the minimum over interleaved rounds."""
-    best = dict.fromkeys(functions, float("inf"))
-    for _ in range(rounds):
-        for name, function in functions.items():
-            start = time.perf_counter()
-            function(x)
-            best[name] = min(best[name], 1e3 * (time.perf_counter() - start))
-    return best
+    return interleaved({name: stopwatch(function, x, least=0.0) for name, function in functions.items()}, rounds)
 
 
 def main() -> None:
     """Prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = options(__doc__, rounds=30)
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--no-onnx", action="store_true")
     arguments = parser.parse_args()
     x = np.random.default_rng(0).random((arguments.batch, 28, 28, 1)).astype("float32")
@@ -73,18 +59,15 @@ def main() -> None:
                 name: onnx_session(model, f"{folder}/{i}.onnx") for i, (name, model) in enumerate(models.items())
             }
             onnx_times = compare(sessions, x, arguments.rounds)
-    backend = keras.backend.backend()
-    versions = f"Keras {keras.__version__}, {backend} {__import__(backend).__version__}, {os.cpu_count()} x "
-    table = Table(title=f"Prediction of {arguments.batch} images; {versions}{platform.machine()} CPU cores")
-    for column in ("network", "Keras, ms", "ratio", "ONNX, ms", "ratio"):
-        table.add_column(column, justify="left" if column == "network" else "right")
-    reference = "plain, the same shapes"
+    rows, reference = [], "plain, the same shapes"
     for name in models:
         cells = []
         for times in (keras_times, onnx_times):
             cells += [f"{times[name]:.2f}", f"{times[name] / times[reference]:.2f}"] if times else ["", ""]
-        table.add_row(name, *cells)
-    Console(width=110).print(table)
+        rows.append((name, *cells))
+        store(arguments.json, network=name, batch=arguments.batch, keras=keras_times[name], onnx=onnx_times.get(name))
+    headings = ("network", "Keras, ms", "ratio", "ONNX, ms", "ratio")
+    show(f"Prediction of {arguments.batch} images", headings, rows, arguments.markdown)
 
 
 if __name__ == "__main__":

@@ -20,16 +20,17 @@ class Orthonormalize(keras.callbacks.Callback):
     Kernels of this package's layers carry a constraint, which the optimizer applies after each step; the
     callback polishes them, and repairs what runs behind the constraint (weight averaging, loaded weights).
     Kernels of plain Keras Dense and convolution layers carry none: the callback projects them itself, with the
-    same geometry, so a plain model becomes 1-Lipschitz layer by layer. Frozen plain layers are left alone.
+    same geometry, so a plain model becomes 1-Lipschitz layer by layer. Kernels with the constraint
+    `DeferredOrthonormal()` wait for the callback in the same way. Both are left alone in frozen layers.
 
     Args:
-        every: when to project the kernels of plain layers: `"batch"` (after each optimizer step), an integer n
-            (after every n batches), `"epoch"` or `"train_end"`. Between two projections such kernels are off
-            the constraint set; `lipschitz_bound` tells by how much.
+        every: when to project the kernels that wait for it: `"batch"` (after each optimizer step), an integer n
+            (after every n batches, counted from the start of training), `"epoch"` or `"train_end"`. Between two
+            projections such kernels are off the constraint set; `lipschitz_bound` tells by how much.
 
     Raises:
-        ValueError: for another value of `every`; when training begins, for plain kernels under
-            `every="batch"` with `steps_per_execution > 1` (a callback runs once for several steps), and for
+        ValueError: for another value of `every`; when training begins, for kernels that wait under
+            `every="batch"` or n with `steps_per_execution > 1` (a callback runs once for several steps), and for
             plain kernels that carry a constraint of another library.
 
     Example:
@@ -56,7 +57,7 @@ class Orthonormalize(keras.callbacks.Callback):
         self.every = every
         self._period = every if isinstance(every, int) else {"batch": 1}.get(every)
         self._batches = 0
-        self._has_plain_kernels = False
+        self._has_waiting_kernels = False
 
     def get_config(self) -> dict:
         return {"every": self.every}
@@ -66,22 +67,22 @@ class Orthonormalize(keras.callbacks.Callback):
         return cls(**config)
 
     def on_train_begin(self, logs=None):
-        plain = [layer for layer, kernel, _ in _targets(self.model) if kernel.constraint is None]
-        self._has_plain_kernels = bool(plain)
+        waiting = [layer for layer, kernel, _ in _targets(self.model) if _waits(kernel)]
+        self._has_waiting_kernels = bool(waiting)
         self._batches = 0
-        if plain and self._period and self.model.steps_per_execution > 1:
+        if waiting and self._period and self.model.steps_per_execution > 1:
             raise ValueError(
                 "Expected steps_per_execution=1: with more, a callback runs once for several optimizer steps. "
-                "Use hkr_keras layers, whose constraint runs in every step, or every='epoch'. "
+                "Use hkr_keras layers with Orthonormal(), which runs in every step, or every='epoch'. "
                 f"Received: steps_per_execution={self.model.steps_per_execution}, every={self.every!r} and layers "
-                f"without a constraint: {', '.join(layer.name for layer in plain)}"
+                f"without a constraint or with DeferredOrthonormal(): {', '.join(layer.name for layer in waiting)}"
             )
         self._project(polish=True)
 
     def on_train_batch_end(self, batch, logs=None):
         self._batches += 1
-        if self._has_plain_kernels and self._period and self._batches % self._period == 0:
-            self._project(plain_only=True)
+        if self._has_waiting_kernels and self._period and self._batches % self._period == 0:
+            self._project(waiting_only=True)
 
     def on_epoch_end(self, epoch, logs=None):
         if self.every != "train_end":
@@ -99,18 +100,23 @@ class Orthonormalize(keras.callbacks.Callback):
         optimizer = getattr(optimizer, "inner_optimizer", optimizer)
         return bool(getattr(optimizer, "use_ema", False))
 
-    def _project(self, polish: bool = False, plain_only: bool = False):
+    def _project(self, polish: bool = False, waiting_only: bool = False):
         for _, kernel, geometry in _targets(self.model):  # on JAX, self.model brings the values back first
             constraint = kernel.constraint or constraints.Orthonormal().bind(geometry)
-            if not plain_only or kernel.constraint is None:
+            if not waiting_only or _waits(kernel):
                 value = ops.stop_gradient(ops.convert_to_tensor(kernel))
                 kernel.assign(constraint.polish(value) if polish else constraint.project(value))
 
 
+def _waits(kernel) -> bool:
+    """Whether nothing but this callback projects the kernel."""
+    return kernel.constraint is None or isinstance(kernel.constraint, constraints.DeferredOrthonormal)
+
+
 def _targets(model):
-    """The kernels to project: those with a constraint of ours, and those of trainable plain layers."""
+    """The kernels to project: those that the optimizer projects, and those of trainable layers that wait for us."""
     for layer, kernel, geometry in model_kernels(model):
-        if kernel.constraint is None and not layer.trainable:
+        if _waits(kernel) and not layer.trainable:
             continue
         if kernel.constraint is not None:
             constraints.get(kernel.constraint)

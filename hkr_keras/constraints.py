@@ -115,6 +115,30 @@ class Orthonormal(LipschitzConstraint):
 
 
 @export
+class DeferredOrthonormal(Orthonormal):
+    """The set of `Orthonormal`, to which the callback `Orthonormalize(every=n)` moves the kernel, not the optimizer.
+
+    For steps that cost less: one projection every n steps. In between the kernel is off the set and its norm may be
+    above 1; `lipschitz_bound` and `certify` read the stored kernel, so what they say is true at any time. Without the
+    callback nothing moves the kernel back.
+
+    Example:
+
+    >>> import keras, numpy as np, hkr_keras as hkr
+    >>> layer = hkr.layers.LipschitzDense(4, kernel_constraint=hkr.constraints.DeferredOrthonormal())
+    >>> model = keras.Sequential([keras.Input((8,)), layer])
+    >>> model.compile("adam", hkr.losses.MulticlassHKR())
+    >>> x, y = np.random.default_rng(0).normal(size=(64, 8)), np.arange(64) % 4
+    >>> history = model.fit(x, y, batch_size=8, verbose=0, callbacks=[hkr.callbacks.Orthonormalize(every=4)])
+    >>> bool(hkr.lipschitz_bound(model) < 1 + 1e-6)
+    True
+    """
+
+    def __call__(self, w):
+        return w
+
+
+@export
 class SpectralBall(LipschitzConstraint):
     """All singular values are at most 1, and none is pulled up.
 
@@ -181,7 +205,7 @@ def get(constraint) -> LipschitzConstraint:
     if not isinstance(constraint, LipschitzConstraint):
         raise ValueError(
             "Expected the constraint of a Lipschitz layer's kernel to be hkr_keras.constraints.Orthonormal(), "
-            "SpectralBall() or UnitNorm(), since another one would break the guarantee. "
+            "DeferredOrthonormal(), SpectralBall() or UnitNorm(), since another one would break the guarantee. "
             f"Received: constraint={constraint}"
         )
     return constraint

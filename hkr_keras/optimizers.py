@@ -12,11 +12,12 @@ from hkr_keras.geometry import Geometry
 class StiefelMuon(keras.optimizers.Optimizer):
     """Muon along the constraint set: each step turns all directions of an orthonormal kernel equally far.
 
-    For kernels with the constraint `Orthonormal()`, the default of this package's layers: the gradient is projected
-    onto the tangent space of the orthonormal matrices, accumulated with momentum (Nesterov), and replaced by the
-    nearest orthonormal matrix, times the learning rate; the constraint then moves the kernel back. All other weights
-    (biases, heads, kernels of plain layers) follow Adam with `adam_ratio` times the learning rate. In few epochs this
-    certifies more than Adam does; a step costs a few more products of small matrices.
+    For kernels with the constraint `Orthonormal()`, the default of this package's layers, or `DeferredOrthonormal()`:
+    the gradient is projected onto the tangent space of the orthonormal matrices, accumulated with momentum (Nesterov),
+    and replaced by the nearest orthonormal matrix, times the learning rate; the constraint (or the callback that it is
+    deferred to) then moves the kernel back. All other weights (biases, heads, kernels of plain layers) follow Adam with
+    `adam_ratio` times the learning rate. In few epochs this certifies more than Adam does; a step costs a few more
+    products of small matrices.
 
     Args:
         learning_rate: number or schedule; the norm of a step of an orthonormal kernel, whose own norm is 1. It

@@ -1,8 +1,10 @@
 """The benchmark scripts, in little: they run, and their figures are of the right kind."""
 
 import argparse
+import inspect
 import itertools
 import json
+import subprocess
 import sys
 
 import bound_cost
@@ -10,10 +12,15 @@ import certified_accuracy
 import frontier
 import gradient_depth
 import keras
+import layer_cost
+import memory
 import numpy as np
 import peers
 import price_of_rigour
+import projection_cost
 import pytest
+import step_cost
+import timing
 
 import hkr_keras as hkr
 
@@ -154,3 +161,133 @@ def test_gradients_of_a_deep_orthogonal_net_do_not_vanish():
         norms[name] = gradient_depth.gradient_norms(model, blocks, images)
     np.testing.assert_allclose(norms["OrthogonalConv2D, circular"], 1, atol=1e-3)  # float32, 24 layers
     assert norms["LipschitzConv2D"][0] < 1e-6
+
+
+def test_minima_are_interleaved_and_each_clock_keeps_its_own():
+    readings = {"a": [3.0, 1.0, 2.0], "b": [5.0, 6.0, 4.0]}
+    order = []
+
+    def clock(name):
+        return lambda: order.append(name) or readings[name][order.count(name) - 1]
+
+    assert timing.interleaved({name: clock(name) for name in readings}, 3) == {"a": 1.0, "b": 4.0}
+    assert order == ["a", "b"] * 3
+
+
+def test_a_stopwatch_tells_milliseconds_of_one_call():
+    clock = timing.stopwatch(timing.time.sleep, 0.004, least=0.02)
+    assert 4 <= clock() < 400
+
+
+def test_peak_memory_is_that_of_this_process_and_not_of_its_parent():
+    before = timing.peak_memory()
+    block = np.ones(2**24)
+    assert timing.peak_memory() >= max(before, block.nbytes / 2**20)
+    code = f"import resource, sys\n{inspect.getsource(timing.peak_memory)}\nprint(peak_memory())"
+    child = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert float(child) < 100 < timing.peak_memory()
+
+
+def run_main(module, monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", [module.__file__, *map(str, arguments)])
+    module.main()
+
+
+@pytest.mark.parametrize("size", [(12, 5), (5, 12), (3, 6, 4)])
+def test_projection_cost_times_a_projection_and_its_two_products(size):
+    w = projection_cost.nearly_orthonormal(*(1, *size)[-3:])
+    np.testing.assert_allclose(np.linalg.svd(w, compute_uv=False), 1, atol=5e-3)  # an ordinary step
+    products = keras.ops.convert_to_numpy(projection_cost.products(keras.ops.convert_to_tensor(w)))
+    np.testing.assert_allclose(products, w @ (w.swapaxes(1, 2) @ w), atol=1e-5)
+    projected = timing.compiled(hkr.linalg.newton_schulz)(keras.ops.convert_to_tensor(w))
+    projected = keras.ops.convert_to_numpy(projected)
+    np.testing.assert_allclose(np.linalg.svd(projected, compute_uv=False), 1, atol=5e-5)
+    assert projection_cost.gflop(*(1, *size)[-3:]) == 4e-9 * np.prod(size) * min(size[-2:])
+
+
+def test_projection_cost(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "cost.jsonl"
+    run_main(
+        projection_cost, monkeypatch, "--shapes", "16x16", "--peak", 32, "--rounds", 1, "--markdown", "--json", out
+    )
+    assert "| 16x16 | 1.64e-05 |" in capsys.readouterr().out
+    shape, limits = [json.loads(line) for line in out.read_text().splitlines()]
+    assert min(shape["floor"], shape["projection"], limits["matmul"], limits["call"]) > 0
+    assert shape["backend"] == keras.backend.backend()
+
+
+@pytest.mark.parametrize("name", ["GroupSort(2)", "Householder", "L2NormPooling2D", "InvertibleDownsampling2D"])
+def test_forward_and_backward_of_a_layer_are_both_computed(name):
+    layer = {**layer_cost.ACTIVATIONS, **layer_cost.POOLINGS}[name]()
+    x = np.random.default_rng(0).normal(size=(2, 4, 4, 4)).astype("float32")
+    y = keras.ops.convert_to_numpy(layer(x))
+    dy = np.random.default_rng(1).normal(size=y.shape).astype("float32")
+    output, gradients = layer_cost.forward_and_backward(layer)(*map(keras.ops.convert_to_tensor, (x, dy)))
+    np.testing.assert_allclose(keras.ops.convert_to_numpy(output), y, atol=1e-6)
+    leaves = [keras.ops.convert_to_numpy(leaf) for leaf in keras.tree.flatten(gradients)]
+    assert len(leaves) == 1 + len(layer.trainable_variables)
+    (of_x,) = [leaf for leaf in leaves if leaf.shape == x.shape]
+    np.testing.assert_allclose(np.linalg.norm(of_x), np.linalg.norm(dy), rtol=1e-5)  # these layers keep norms
+    assert all(np.abs(leaf).max() > 0 for leaf in leaves)
+
+
+def test_layer_cost(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(layer_cost, "ACTIVATIONS", {name: layer_cost.ACTIVATIONS[name] for name in ("ReLU", "MaxMin")})
+    out = tmp_path / "cost.jsonl"
+    run_main(layer_cost, monkeypatch, "--shapes", "4x8", "--rounds", 1, "--json", out)
+    assert "MaxMin" in capsys.readouterr().out
+    relu, max_min = [json.loads(line) for line in out.read_text().splitlines()]
+    assert relu["bytes"] == max_min["bytes"] == 4 * 4 * 32
+    assert relu["floor"] == max_min["floor"] > 0 < min(relu["ms"], max_min["ms"])
+
+
+@pytest.mark.parametrize("name", step_cost.NETWORKS)
+def test_networks_of_the_step_cost_have_equal_sizes(name):
+    plain, ours, deferred = (step_cost.build(name, *arguments) for arguments in ((False,), (True,), (True, 4)))
+    assert plain.output_shape == ours.output_shape == deferred.output_shape
+    kinds = [type(getattr(kernel, "constraint", None)).__name__ for kernel in deferred.trainable_variables]
+    assert ("DeferredOrthonormal" in kinds) == (name != "cnn_relu")
+    assert "Orthonormal" not in kinds
+    if name != "cnn_orthogonal":
+        assert plain.count_params() == ours.count_params()
+    if name == "cnn_relu":
+        assert {type(layer) for layer in ours.layers} - {type(layer) for layer in plain.layers} == {
+            hkr.layers.GroupSort
+        }
+
+
+def test_step_cost_with_projections_every_few_steps(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(step_cost, "SAMPLES", 32)
+    monkeypatch.setitem(step_cost.NETWORKS, "mlp", little)
+    projected = []
+    project = hkr.callbacks.Orthonormalize._project
+    monkeypatch.setattr(
+        hkr.callbacks.Orthonormalize,
+        "_project",
+        lambda self, **how: projected.append(how) or project(self, **how),
+    )
+    out, image = tmp_path / "cost.jsonl", tmp_path / "overhead.png"
+    arguments = ("--only", "mlp", "--batch", 4, "--rounds", 1, "--every", 3, "--optimizer", "stiefel_muon")
+    run_main(step_cost, monkeypatch, *arguments, "--json", out, "--plot", image)
+    assert "optimizer stiefel_muon, jit auto, every 3" in " ".join(capsys.readouterr().out.split())
+    (line,) = [json.loads(line) for line in out.read_text().splitlines()]
+    assert (line["every"], line["batch"]) == (3, 4)
+    assert min(line["plain"], line["lipschitz"]) > 0
+    assert image.stat().st_size > 5_000
+    assert projected.count({"waiting_only": True}) == 6  # two epochs of nine steps
+
+
+def little(lipschitz, constraint=None):
+    dense = hkr.layers.LipschitzDense(10, kernel_constraint=constraint) if lipschitz else keras.layers.Dense(10)
+    return keras.Sequential([keras.Input((6,)), dense])
+
+
+def test_memory(monkeypatch, capsys):
+    monkeypatch.setitem(step_cost.NETWORKS, "mlp", little)
+    found = memory.measure("mlp", 2**14, lipschitz=True)
+    data = memory.STEPS * 2**14 * 6 * 4 / 2**20
+    assert found["peak"] > found["more"] >= 0
+    assert found["peak"] > data
+    monkeypatch.setattr(memory, "in_a_process", lambda name, batch, kind, rounds: {"peak": 100.0, "more": 40.0})
+    run_main(memory, monkeypatch, "--only", "mlp", "--batch", 8, "--markdown")
+    assert "| mlp | 8 | 100 | 100 | 40 | 40 | 1.00 |" in capsys.readouterr().out

@@ -140,7 +140,7 @@ def test_training_still_moves_the_weights():
 def test_several_steps_per_execution_are_refused_for_plain_layers(every):
     callback = Orthonormalize(every)
     callback.set_model(compiled(plain_model(), steps_per_execution=4))
-    with pytest.raises(ValueError, match=r"steps_per_execution=4, every=.*layers without a constraint: conv1d"):
+    with pytest.raises(ValueError, match=r"steps_per_execution=4, every=.*layers without a constraint or .*: conv1d"):
         callback.on_train_begin()
 
 
@@ -198,6 +198,122 @@ def test_config():
         copy = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(callback))
         assert type(copy) is Orthonormalize
         assert copy.every == every
+
+
+# ---- kernels whose constraint waits for the callback --------------------------------------------------------
+
+
+def deferred_model(layer=hkr.layers.LipschitzDense, *arguments, **settings):
+    keras.utils.set_random_seed(1)
+    constraint = hkr.constraints.DeferredOrthonormal()
+    layer = layer(*(arguments or (8,)), kernel_constraint=constraint, **settings)
+    inputs = (6,) if isinstance(layer, keras.layers.Dense) else (6, 1)
+    body = [keras.layers.Reshape(inputs), layer, keras.layers.Flatten(), hkr.layers.GroupSort(2)]
+    return keras.Sequential([keras.Input((6,)), *body, hkr.layers.LipschitzDense(1)])
+
+
+class Bounds(keras.callbacks.Callback):
+    """Notes the proven bound of the layer with a deferred constraint after every batch."""
+
+    def on_train_begin(self, logs=None):
+        self.found = []
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.found.append(hkr.lipschitz_bound(self.model.layers[1]))
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [(hkr.layers.LipschitzDense, 8), (hkr.layers.LipschitzConv1D, 4, 3, 3)],
+    ids=lambda layer: layer[0].__name__,
+)
+@pytest.mark.parametrize("optimizer", [keras.optimizers.Adam, hkr.optimizers.StiefelMuon])
+def test_deferred_kernels_are_off_the_set_until_they_are_projected(layer, optimizer):
+    model, probe = deferred_model(*layer), Bounds()
+    assert hkr.lipschitz_bound(model.layers[1]) <= 1 + 4e-7
+    compiled(model, optimizer(1e-2)).fit(X, Y, batch_size=2, verbose=0, callbacks=[Orthonormalize(4), probe])
+    for start in range(0, 12, 4):
+        *between, projected = probe.found[start : start + 4]
+        assert max(between) > 1 + 1e-4
+        assert projected <= 1 + 4e-7  # what float32 leaves
+    assert deviation(model) < EXACT
+
+
+@pytest.mark.parametrize("every", [2, 3])
+def test_deferred_factors_of_orthogonal_convolutions(every):
+    class Factors(keras.callbacks.Callback):
+        found: list[float] = []
+
+        def on_train_batch_end(self, batch, logs=None):
+            layer = self.model.layers[1]
+            matrices = host(hkr.geometry.weight_geometries(layer)["mixing"].to_matrices(1.0 * layer.mixing))
+            self.found = [*self.found, abs(np.linalg.svd(matrices, compute_uv=False) - 1).max()]
+
+    model, probe = deferred_model(hkr.layers.OrthogonalConv1D, 4, 3), Factors()
+    compiled(model, keras.optimizers.Adam(3e-3)).fit(
+        X, Y, batch_size=4, verbose=0, callbacks=[Orthonormalize(every), probe]
+    )
+    assert [value < 1e-3 for value in probe.found] == [step % every == 0 for step in range(1, 7)]
+    assert hkr.lipschitz_bound(model.layers[1]) <= 1 + 4e-7
+
+
+def test_a_certificate_between_projections_is_that_of_the_stored_kernel():
+    model = compiled(deferred_model())
+    fit(model)  # three steps, and nothing projects
+    assert hkr.lipschitz_bound(model) > 1 + 1e-4
+    plain = keras.models.clone_model(hkr.to_keras(model))
+    plain.set_weights(hkr.to_keras(model).get_weights())
+    certificate = hkr.certify(model, X, verbose=0)
+    assert certificate.bound == pytest.approx(largest(model), rel=1e-5)
+    score = np.abs(ops.convert_to_numpy(plain(X)))[:, 0]
+    np.testing.assert_allclose(certificate.radius, score / certificate.bound, rtol=1e-4, atol=1e-6)
+
+
+def test_several_steps_per_execution_are_refused_for_deferred_kernels():
+    callback = Orthonormalize(3)
+    callback.set_model(compiled(deferred_model(), steps_per_execution=4))
+    name = callback._model.layers[1].name
+    with pytest.raises(ValueError, match=rf"steps_per_execution=4, every=3 .*DeferredOrthonormal\(\): {name}$"):
+        callback.on_train_begin()
+
+
+def test_frozen_deferred_kernels_are_left_alone():
+    model = deferred_model(trainable=False)
+    kernel = model.layers[1].kernel
+    kernel.assign(1.5 * kernel)
+    before = host(kernel)
+    fit(compiled(model), Orthonormalize(2))
+    assert np.array_equal(host(kernel), before)
+
+
+@pytest.mark.parametrize("how", ["file", "clone", "to_lipschitz", "constrain"])
+def test_deferred_constraints_stay(how, tmp_path):
+    model = deferred_model()
+    if how == "file":
+        fit(compiled(model, hkr.optimizers.StiefelMuon()), Orthonormalize(2))
+        model.save(tmp_path / "model.keras")
+        model = keras.models.load_model(tmp_path / "model.keras")
+    elif how == "clone":
+        model = keras.models.clone_model(model)
+    elif how == "to_lipschitz":
+        model = hkr.to_lipschitz(model)
+    else:
+        model = plain_model()
+        hkr.constrain(model, hkr.constraints.DeferredOrthonormal())
+        model = keras.models.model_from_json(model.to_json())
+    layer = model.layers[1]
+    assert type(layer.kernel.constraint) is hkr.constraints.DeferredOrthonormal
+    assert type(layer.kernel_constraint) is hkr.constraints.DeferredOrthonormal
+    fit(compiled(model), Orthonormalize(2))
+    assert deviation(model) < EXACT
+
+
+def test_deferred_kernels_are_stripped_as_they_are():
+    model = compiled(deferred_model())
+    fit(model)
+    plain = hkr.to_keras(model)
+    assert not any(getattr(weight, "constraint", None) for weight in plain.weights)
+    np.testing.assert_allclose(ops.convert_to_numpy(plain(X)), ops.convert_to_numpy(model(X)), atol=1e-6)
 
 
 # ---- what runs behind the constraint -----------------------------------------------------------------------

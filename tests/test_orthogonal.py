@@ -282,7 +282,7 @@ def test_what_is_refused(name):
         cls(2, 3, padding="reflect")
     with pytest.raises(AttributeError, match="kernel"):
         cls(2, 3).kernel
-    layer = cls(2, 3, kernel_constraint=hkr.constraints.Orthonormal())
+    layer = cls(2, 3, kernel_constraint=hkr.constraints.DeferredOrthonormal())
     layer.build((None, 4, 4, 2)[-layer.rank - 2 :])
     with pytest.raises(ValueError, match="Received: rank=2"):
         layer.enable_lora(2)

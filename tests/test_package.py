@@ -28,7 +28,7 @@ CONTRACT = {
     hkr.losses: "KR HingeMargin HKR MulticlassKR MulticlassHinge MulticlassHKR SoftHKR LogSumExpHKR MarginCrossentropy",
     hkr.metrics: "KRDistance CertifiedAccuracy CertifiedRadius",
     hkr.callbacks: "Orthonormalize CertifiedEvaluation LipschitzMonitor",
-    hkr.constraints: "Orthonormal SpectralBall UnitNorm",
+    hkr.constraints: "Orthonormal DeferredOrthonormal SpectralBall UnitNorm",
     hkr.attacks: "evaluate_robustness as_logits BrokenCertificate ATTACKS",
     hkr.explanations: "saliency counterfactual nearest_adversarial",
     hkr.transport: "wasserstein1 hkr_optimum",

@@ -11,9 +11,10 @@ class LipschitzDense(LipschitzLayer, keras.layers.Dense):
     """`keras.layers.Dense` with a kernel of norm at most 1.
 
     All arguments are those of `keras.layers.Dense`. `kernel_constraint` takes `Orthonormal()` (the default),
-    `SpectralBall()` or `UnitNorm()` of `hkr_keras.constraints`; another one, LoRA and `quantize` raise a
-    `ValueError`. With `UnitNorm()` each output is 1-Lipschitz, and the whole kernel may have a norm up to the
-    root of the number of outputs. A custom `kernel_initializer` is followed by a projection onto the constraint set.
+    `DeferredOrthonormal()`, `SpectralBall()` or `UnitNorm()` of `hkr_keras.constraints`; another one, LoRA and
+    `quantize` raise a `ValueError`. With `UnitNorm()` each output is 1-Lipschitz, and the whole kernel may have a norm
+    up to the root of the number of outputs. A custom `kernel_initializer` is followed by a projection onto the
+    constraint set.
 
     Input shape: `(batch, ..., features)`. Output shape: `(batch, ..., units)`.
 

@@ -156,10 +156,10 @@ class _OrthogonalConvolution(ComposedKernel):
                 "Expected kernel_size to be at least strides, since otherwise some inputs are never seen. "
                 f"Received: kernel_size={self.kernel_size}, strides={self.strides}"
             )
-        if type(constraints.get(self.kernel_constraint)) is not constraints.Orthonormal:
+        if not isinstance(constraints.get(self.kernel_constraint), constraints.Orthonormal):
             raise ValueError(
-                f"Expected kernel_constraint=None or Orthonormal(), which keeps the factors of {type(self).__name__} "
-                f"orthonormal. Received: kernel_constraint={self.kernel_constraint}"
+                "Expected kernel_constraint=None, Orthonormal() or DeferredOrthonormal(), for the factors of "
+                f"{type(self).__name__} are orthonormal. Received: kernel_constraint={self.kernel_constraint}"
             )
         if self.circular and getattr(self, "output_padding", None) is not None:
             raise ValueError(f"Expected no output padding on a circle. Received: output_padding={self.output_padding}")
@@ -314,8 +314,9 @@ class OrthogonalConv1D(_OrthogonalConv, keras.layers.Conv1D):
     keeps the norm of inputs for `filters >= inputs * strides`, that of gradients for `filters <= inputs * strides`.
 
     The weights are orthonormal factors, `mixing` and `bases`; `kernel` is composed of them in the forward pass, by
-    small products. `kernel_constraint` takes `None` or `Orthonormal()`; `kernel_initializer` draws the factors,
-    which are then made orthonormal; `kernel_regularizer` sees the composed kernel.
+    small products. `kernel_constraint` takes `None`, `Orthonormal()` or `DeferredOrthonormal()`;
+    `kernel_initializer` draws the factors, which are then made orthonormal; `kernel_regularizer` sees the composed
+    kernel.
 
     Input and output shapes: those of `keras.layers.Conv1D`; circular: `(batch, steps / strides, filters)`.
 
