@@ -10,7 +10,7 @@ ONE_THREAD = OMP_NUM_THREADS=1 TF_NUM_INTRAOP_THREADS=1 TF_NUM_INTEROP_THREADS=1
 	XLA_FLAGS="--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
 QUIET = TF_CPP_MIN_LOG_LEVEL=3 PYTHONUNBUFFERED=1
 
-.PHONY: help demo test lint bench notebooks clean
+.PHONY: help demo test lint docs bench notebooks clean
 
 help:  ## What can be made
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -18,7 +18,7 @@ help:  ## What can be made
 demo: $(VENV)/.installed-$(BACKEND)  ## Train, certify and show a digits classifier (ARGS="--dataset moons", BACKEND=jax)
 	KERAS_BACKEND=$(BACKEND) $(QUIET) $(BIN)/python -m hkr_keras demo $(ARGS)
 
-test: $(VENV)/.installed-test lint  ## Lint, then the whole suite on every backend, each in its own process
+test: $(VENV)/.installed-test lint docs  ## Lint, documentation, then the whole suite on every backend, each in its own process
 	@set -e; for backend in $(BACKENDS); do \
 		echo "== tests on $$backend"; \
 		KERAS_BACKEND=$$backend $(QUIET) $(ONE_THREAD) $(BIN)/python -m pytest -q -n $(WORKERS) --durations=5 \
@@ -30,6 +30,9 @@ lint: $(VENV)/.installed-test  ## Style, types and the layer contract
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+docs: $(VENV)/.installed-test  ## The site, in docs/_build/html; warnings are errors
+	KERAS_BACKEND=torch $(QUIET) $(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
 
 bench: $(VENV)/.installed-test  ## The cost of a training step, a projection and a layer on every backend
 	@set -e; for backend in $(BACKENDS); do \
@@ -57,4 +60,4 @@ $(VENV)/.installed-%: $(VENV)/bin/python setup.cfg tests/constraints.txt
 	@touch $@
 
 clean:  ## Remove what the other targets made
-	rm -rf $(VENV) hkr_demo build *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache
+	rm -rf $(VENV) docs/_build docs/gallery docs/notebooks hkr_demo build *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache

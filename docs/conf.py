@@ -57,7 +57,7 @@ copybutton_prompt_is_regexp = True
 
 # ---- notebooks, and a picture of each for the gallery ----------------------------------------------------
 
-PICTURES = {"01": 3, "02": 5, "03": 0, "04": 1, "05": 1, "06": 1, "07": 0, "08": 0}  # which output of a notebook
+PICTURES = {"01": 3, "02": 5, "03": 0, "04": 2, "05": 1, "06": 0, "07": 0, "08": 0}  # which output of a notebook
 
 
 def bring_notebooks() -> None:
@@ -105,6 +105,12 @@ def check_coverage(app, environment) -> None:
         logging.getLogger(__name__).warning("Expected all public names on a page. Missing: %s", ", ".join(missing))
 
 
+def keras_signature(app, what, name, value, options, signature, returns):
+    """The signature that `help` shows, in place of that of Keras's `__new__`."""
+    return (str(inspect.signature(value)), returns) if what == "class" else None
+
+
 def setup(app) -> None:
-    """Connects the check."""
+    """Connects the two."""
+    app.connect("autodoc-process-signature", keras_signature)
     app.connect("env-check-consistency", check_coverage)

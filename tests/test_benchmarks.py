@@ -127,7 +127,7 @@ def test_frontier_of_stored_results(tmp_path, capsys):
 
 def test_the_table_of_the_readme_is_that_of_the_results():
     rows = frontier.summarise(frontier.read(frontier.RESULTS), seeds=(0, 1, 2))
-    assert frontier.markdown(rows) in (frontier.HERE.parent / "README.md").read_text()
+    assert frontier.markdown(rows) in (frontier.HERE.parent / "docs" / "results.md").read_text()
 
 
 def test_frontier_runs_what_is_missing(tmp_path, monkeypatch):

@@ -1,0 +1,75 @@
+"""The code of the README and of the guide runs, in order, page by page."""
+
+import dataclasses
+import math
+import pathlib
+import re
+
+import keras
+import numpy as np
+import pytest
+from helpers import BACKEND
+
+import hkr_keras as hkr
+
+ROOT = pathlib.Path(__file__).parents[1]
+PAGES = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").glob("guide/*.md")),
+    ROOT / "docs/index.md",
+    ROOT / "docs/migration.md",
+]
+K = keras.layers
+
+
+def plain_model():
+    """What a reader may have."""
+    stem = K.Conv2D(8, 3, padding="same", activation="relu", name="stem")
+    return keras.Sequential([keras.Input((8, 8, 1)), stem, K.Conv2D(8, 3), K.Flatten(), K.Dense(10, "softmax")])
+
+
+def names_of_a_page(page, data):
+    """What the code of a page takes for granted."""
+    is_about_plain_models = page.stem in ("index", "swap_and_ship")
+    flat = {"X_train": data.x_train.reshape(-1, 64), "X_test": data.x_test.reshape(-1, 64)}
+    arrays = {name: getattr(data, name) for name in ("x_train", "y_train", "x_test", "y_test")}
+    model = plain_model() if is_about_plain_models else hkr.models.lipschitz_mlp((8, 8, 1), 10, widths=(32,))
+    return {
+        "keras": keras,
+        "np": np,
+        "math": math,
+        "hkr": hkr,
+        "model": model,
+        **flat,
+        **arrays,
+        "x": data.x_train,
+        "y": data.y_train,
+    }
+
+
+@pytest.mark.skipif(
+    BACKEND != "torch", reason="the code is the same on every backend, and this one starts the quickest"
+)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_code_of_pages_runs(page, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    data = hkr.datasets.load("digits")
+    few = {name: getattr(data, name)[:128] for name in ("x_train", "y_train", "x_test", "y_test")}
+    data = dataclasses.replace(data, **few)
+    monkeypatch.setattr(hkr.datasets, "load", lambda name: data)
+    blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    names = names_of_a_page(page, data)
+    for code in blocks:
+        if "deel-lip" not in code:
+            exec(compile(code, f"{page.name}: {code.splitlines()[0]}", "exec"), names)
+    assert blocks or page.stem == "lipschitz_networks"
+
+
+def test_pages_have_no_dead_ends():
+    """Links between files of the repository lead somewhere; those of the site are checked when it is built."""
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md"):
+        targets = re.findall(r"\]\((?!http|#)([^)#]+)", page.read_text()) + re.findall(
+            r'src="(?!http)([^"]+)', page.read_text()
+        )
+        assert targets == [] or all((page.parent / target).exists() for target in targets), targets
