@@ -3,12 +3,11 @@
 from collections.abc import Iterable
 
 import keras
-from keras import ops
 
 from hkr_keras import bounds, constraints
 from hkr_keras._registry import export
 from hkr_keras.certificates import certify
-from hkr_keras.geometry import kernel_geometries, model_kernels
+from hkr_keras.geometry import kernel_geometries
 
 
 @export
@@ -64,7 +63,7 @@ class Orthonormalize(keras.callbacks.Callback):
         return cls(**config)
 
     def on_train_begin(self, logs=None):
-        plain = [layer for layer, kernel, _ in _targets(self.model) if kernel.constraint is None]
+        plain = [layer for layer, kernel, _ in constraints.targets(self.model) if kernel.constraint is None]
         self._has_plain_kernels = bool(plain)
         self._batches = 0
         if plain and self._period and self.model.steps_per_execution > 1:
@@ -98,21 +97,10 @@ class Orthonormalize(keras.callbacks.Callback):
         return bool(getattr(optimizer, "use_ema", False))
 
     def _project(self, polish: bool = False, plain_only: bool = False):
-        for _, kernel, geometry in _targets(self.model):  # on JAX, self.model brings the values back first
-            constraint = kernel.constraint or constraints.Orthonormal().bind(geometry)
+        model = self.model  # on JAX this brings the values back first
+        for _, kernel, constraint in constraints.targets(model):
             if not plain_only or kernel.constraint is None:
-                value = ops.stop_gradient(ops.convert_to_tensor(kernel))
-                kernel.assign(constraint.polish(value) if polish else constraint.project(value))
-
-
-def _targets(model):
-    """The kernels to project: those with a constraint of ours, and those of trainable plain layers."""
-    for layer, kernel, geometry in model_kernels(model):
-        if kernel.constraint is None and not layer.trainable:
-            continue
-        if kernel.constraint is not None:
-            constraints.get(kernel.constraint)
-        yield layer, kernel, geometry
+                constraints.project_kernel(kernel, constraint, polish)
 
 
 class LipschitzMonitor(keras.callbacks.Callback):
