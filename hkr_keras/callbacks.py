@@ -3,13 +3,12 @@
 from collections.abc import Iterable
 
 import keras
-from keras import ops
 
 from hkr_keras import constraints
 from hkr_keras._registry import export
 from hkr_keras.bounds import lipschitz_bound
 from hkr_keras.certificates import certify
-from hkr_keras.geometry import kernel_geometries, model_kernels
+from hkr_keras.geometry import kernel_geometries
 from hkr_keras.spectra import kernel_spectrum
 
 
@@ -67,7 +66,7 @@ class Orthonormalize(keras.callbacks.Callback):
         return cls(**config)
 
     def on_train_begin(self, logs=None):
-        waiting = [layer for layer, kernel, _ in _targets(self.model) if _waits(kernel)]
+        waiting = [layer for layer, kernel, _ in constraints.targets(self.model) if constraints.waits(kernel)]
         self._has_waiting_kernels = bool(waiting)
         self._batches = 0
         if waiting and self._period and self.model.steps_per_execution > 1:
@@ -101,26 +100,10 @@ class Orthonormalize(keras.callbacks.Callback):
         return bool(getattr(optimizer, "use_ema", False))
 
     def _project(self, polish: bool = False, waiting_only: bool = False):
-        for _, kernel, geometry in _targets(self.model):  # on JAX, self.model brings the values back first
-            constraint = kernel.constraint or constraints.Orthonormal().bind(geometry)
-            if not waiting_only or _waits(kernel):
-                value = ops.stop_gradient(ops.convert_to_tensor(kernel))
-                kernel.assign(constraint.polish(value) if polish else constraint.project(value))
-
-
-def _waits(kernel) -> bool:
-    """Whether nothing but this callback projects the kernel."""
-    return kernel.constraint is None or isinstance(kernel.constraint, constraints.DeferredOrthonormal)
-
-
-def _targets(model):
-    """The kernels to project: those that the optimizer projects, and those of trainable layers that wait for us."""
-    for layer, kernel, geometry in model_kernels(model):
-        if _waits(kernel) and not layer.trainable:
-            continue
-        if kernel.constraint is not None:
-            constraints.get(kernel.constraint)
-        yield layer, kernel, geometry
+        model = self.model  # on JAX this brings the values back first
+        for _, kernel, constraint in constraints.targets(model):
+            if not waiting_only or constraints.waits(kernel):
+                constraints.project_kernel(kernel, constraint, polish)
 
 
 class LipschitzMonitor(keras.callbacks.Callback):

@@ -1,6 +1,7 @@
 """Constraint sets for kernels: `linalg` (what to do to a matrix) joined to `geometry` (where the matrix is)."""
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -8,7 +9,7 @@ from keras import ops
 
 from hkr_keras import linalg
 from hkr_keras._registry import export
-from hkr_keras.geometry import Geometry
+from hkr_keras.geometry import Geometry, model_kernels
 
 Tensor = Any
 
@@ -209,3 +210,66 @@ def get(constraint) -> LipschitzConstraint:
             f"Received: constraint={constraint}"
         )
     return constraint
+
+
+def waits(kernel) -> bool:
+    """Whether no optimizer of Keras projects the kernel: it has no constraint, or `DeferredOrthonormal`.
+
+    Example:
+
+    >>> layer = keras.layers.Dense(2)
+    >>> layer.build((None, 4)), waits(layer.kernel)
+    (None, True)
+    """
+    return kernel.constraint is None or isinstance(kernel.constraint, DeferredOrthonormal)
+
+
+def targets(model) -> Iterator[tuple[keras.layers.Layer, Any, LipschitzConstraint]]:
+    """Every `(layer, variable, constraint)` of a model to be projected: `Orthonormal` where a layer has no constraint.
+
+    Frozen layers whose kernels wait for the callback are left out.
+
+    Raises:
+        ValueError: for a kernel with a constraint of another library.
+
+    Example:
+
+    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+    >>> [type(constraint).__name__ for layer, kernel, constraint in targets(model)]
+    ['Orthonormal']
+    """
+    for layer, kernel, geometry in model_kernels(model):
+        if layer.trainable or not waits(kernel):
+            yield layer, kernel, Orthonormal().bind(geometry) if kernel.constraint is None else get(kernel.constraint)
+
+
+def project(model, polish: bool = False) -> None:
+    """Moves all kernels of a model onto their constraint sets, in place.
+
+    For training loops of one's own whose optimizer is not one of Keras, which would do so itself: call it after each
+    step, and with `polish=True` at the end. Several processes that train equal weights each do it by themselves.
+
+    Args:
+        model: a built model. Kernels without a constraint (of plain Keras layers) become orthonormal, unless frozen.
+        polish: whether to project to full precision, as `callbacks.Orthonormalize` does after each epoch; otherwise one
+            cheap projection, as after each step of a Keras optimizer.
+
+    Raises:
+        ValueError: for a kernel with a constraint of another library.
+
+    Example:
+
+    >>> import keras, numpy as np, hkr_keras as hkr
+    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3), hkr.layers.LipschitzDense(1)])
+    >>> hkr.constraints.project(model, polish=True)
+    >>> bool(hkr.lipschitz_bound(model) < 1 + 1e-5)
+    True
+    """
+    for _, kernel, constraint in targets(model):
+        project_kernel(kernel, constraint, polish)
+
+
+def project_kernel(kernel, constraint: LipschitzConstraint, polish: bool = False) -> None:
+    """Moves one variable onto a constraint set, in place; `polish` as in `project`."""
+    value = ops.stop_gradient(ops.convert_to_tensor(kernel))
+    kernel.assign(constraint.polish(value) if polish else constraint.project(value))

@@ -170,7 +170,7 @@ def evaluate(model, x, batch_size: int, verbose, rigorous: bool) -> Evaluation:
             position = {id(tensor): i for i, tensor in enumerate(model.inputs)}
             x = {name: arrays[position[id(tensor)]] for name, tensor in by_name.items()}
     model.make_predict_function(force=True)  # an old one may hold layers or numbers that have changed since
-    outputs = np.asarray(model.predict(x, batch_size=batch_size, verbose=verbose), dtype=np.float64)
+    outputs = _predict(model, x, len(arrays[0]), batch_size, verbose)
     if not np.isfinite(outputs).all():
         raise ValueError("Expected finite outputs. Received: NaN or infinite scores or logits")
     if rigorous:
@@ -184,6 +184,20 @@ def evaluate(model, x, batch_size: int, verbose, rigorous: bool) -> Evaluation:
     sided = one_sided.get(id(flows[0]), False)
     centre = outputs if centre is None else centre
     return Evaluation(outputs, centre, off, flows[0], sided, identity, error, before, since, largest, moved)
+
+
+def _predict(model, x, size: int, batch_size: int, verbose) -> np.ndarray:
+    """The outputs, float64. Keras under a distribution wants batches that the devices divide: the last is filled up."""
+    if (distribution := keras.distribution.distribution()) is not None:
+        if (processes := getattr(distribution, "num_processes", 1)) > 1:  # predict would fail and lose the weights
+            raise ValueError(
+                "Expected a certificate to be computed by one process: call keras.distribution.set_distribution(None) "
+                f"and certify a clone of the model with its weights. Received: num_processes={processes}"
+            )
+        batch_size += -batch_size % distribution.device_mesh.devices.size
+        rows = np.minimum(np.arange(size + -size % batch_size), size - 1)
+        x = keras.tree.map_structure(lambda array: np.asarray(array)[rows], x)
+    return np.asarray(model.predict(x, batch_size=batch_size, verbose=verbose), dtype=np.float64)[:size]
 
 
 def check_inputs(model, x) -> list[np.ndarray]:

@@ -1,6 +1,6 @@
 """Models as functions of their inputs: gradients, and the point of a segment where a prediction changes.
 
-The only module that imports a backend, inside its functions: Keras has no public way to differentiate with respect
+Imports backends, inside its functions: Keras has no public way to differentiate with respect
 to an input that works on TensorFlow, JAX and PyTorch.
 """
 

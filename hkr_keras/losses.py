@@ -1,7 +1,8 @@
 """HKR and its relatives: pure functions of per-sample values, and thin `keras.Loss` classes.
 
 Expectations are means under the sample weights, so a weight of 2 equals a sample given twice. Every function
-takes `(y_true, y_pred, ..., sample_weight=None)` and returns values `(n,)` whose weighted mean is the loss.
+takes `(y_true, y_pred, ..., sample_weight=None)` and returns values `(n,)` whose weighted mean is the loss. When
+a batch is in parts on several replicas, class means are those of the whole batch (`hkr_keras.replicas`).
 """
 
 import math
@@ -28,8 +29,8 @@ def kr(y_true: Tensor, y_pred: Tensor, sample_weight=None) -> Tensor:
     """
     signs, scores = margins.signed_scores(y_true, y_pred)
     weights = margins.sample_weights(sample_weight, scores)
-    balance = margins.class_balance(ops.relu(signs), weights) + margins.class_balance(ops.relu(-signs), weights)
-    return -signs * scores * balance
+    positive, negative = (margins.class_balance(ops.relu(sign), weights, scores) for sign in (signs, -signs))
+    return -signs * scores * (positive + negative)
 
 
 def hinge(y_true: Tensor, y_pred: Tensor, margin: float = 1.0) -> Tensor:
@@ -54,8 +55,8 @@ def multiclass_kr(y_true: Tensor, y_pred: Tensor, sample_weight=None) -> Tensor:
     """
     member = margins.one_hot(y_true, y_pred)
     weights = margins.sample_weights(sample_weight, member[:, 0])[:, None]
-    balance = margins.class_balance(1.0 - member, weights) - margins.class_balance(member, weights)
-    return ops.sum(balance * y_pred, axis=1)
+    others, own = (margins.class_balance(side, weights, y_pred) for side in (1.0 - member, member))
+    return ops.sum((others - own) * y_pred, axis=1)
 
 
 def multiclass_hinge(y_true: Tensor, y_pred: Tensor, margin: float = 1.0) -> Tensor:

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from keras import ops
 
+from hkr_keras import replicas
+
 Tensor = Any
 
 
@@ -166,18 +168,20 @@ def two_logits(outputs: Any) -> Any:
     return np.stack([-half, half], axis=1) if isinstance(half, np.ndarray) else ops.stack([-half, half], axis=1)
 
 
-def class_balance(member: Tensor, weights: Tensor) -> Tensor:
+def class_balance(member: Tensor, weights: Tensor, predictions: Tensor) -> Tensor:
     """Factors that turn the weighted mean over a batch into the mean over one class.
 
-    `sum(w * class_balance(member, w) * v) / sum(w)` is the weighted mean of v over the members; 0 when there
-    are none.
+    `sum(w * class_balance(member, w, f) * v) / sum(w)` is the weighted mean of v over the members; 0 when there
+    are none. Of a batch in parts on several replicas, the mean over replicas of that is the mean over all members:
+    with R replicas, W the weight of a part and M that of all members, the factor is `R W / M`.
 
     Args:
         member: 1 for members of the class and 0 for the others, `(n,)` or `(n, classes)`.
         weights: sample weights of a shape that broadcasts with it.
+        predictions: what the loss is differentiated by, see `replicas.mean`.
     """
     total = ops.sum(weights)
-    share = ops.sum(weights * member, axis=0, keepdims=True)
+    share = replicas.mean(ops.sum(weights * member, axis=0, keepdims=True), predictions)
     return ops.where(share > 0, member * total / ops.where(share > 0, share, ops.ones_like(share)), 0.0)
 
 

@@ -8,6 +8,8 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 import keras
 import pytest
 
+collect_ignore = ["replicas"]  # programs, each for one backend and in processes of its own
+
 
 @pytest.fixture(autouse=True)
 def _clean_state():

@@ -184,3 +184,29 @@ def test_zero_initializer(cls):
     layer.build((None, 4))
     expected = 1.0 if issubclass(cls, Orthonormal) else 0.0
     assert largest_singular_value(to_numpy(layer.kernel)) == pytest.approx(expected, abs=1e-6)
+
+
+def plain_model():
+    layers = [keras.layers.Dense(6), keras.layers.Dense(6, trainable=False), hkr.layers.LipschitzDense(3)]
+    return keras.Sequential([keras.Input((4,)), *layers])
+
+
+@pytest.mark.parametrize("polish", [False, True])
+def test_project_moves_every_kernel_that_trains(polish):
+    model = plain_model()
+    free, frozen, own = model.layers
+    before = to_numpy(frozen.kernel)
+    for layer in (free, own):
+        layer.kernel.assign(layer.kernel + normal(layer.kernel.shape, scale=0.3))
+    hkr.constraints.project(model, polish=polish)
+    assert np.array_equal(to_numpy(frozen.kernel), before)
+    for layer in (free, own):
+        values = np.linalg.svd(to_numpy(layer.kernel), compute_uv=False)
+        assert values.max() <= 1 + 4e-7
+        assert not polish or values.min() >= 1 - 1e-6
+
+
+def test_project_refuses_constraints_of_another_library():
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2, kernel_constraint="non_neg")])
+    with pytest.raises(ValueError, match="Received: constraint="):
+        hkr.constraints.project(model)

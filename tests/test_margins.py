@@ -112,14 +112,14 @@ def test_sample_weights():
 @pytest.mark.parametrize("member", [[1, 0, 1, 1], [0, 0, 0, 0], [1, 1, 1, 1], [0, 0, 1, 0]])
 def test_class_balance_gives_class_means(member, weights):
     values = np.array([3.0, -1.0, 5.0, 0.25])
-    balance = host(margins.class_balance(ops.array(member, "float32"), ops.array(weights)))
+    balance = host(margins.class_balance(ops.array(member, "float32"), ops.array(weights), None))
     share = np.multiply(member, weights)
     mean = np.sum(share * values) / np.sum(share) if share.sum() else 0.0
     assert np.average(balance * values, weights=weights) == pytest.approx(mean, rel=1e-6)
 
 
 def test_class_balance_of_no_weight_at_all_is_zero():
-    assert host(margins.class_balance(ops.ones((3,)), ops.zeros((3,)))).tolist() == [0, 0, 0]
+    assert host(margins.class_balance(ops.ones((3,)), ops.zeros((3,)), None)).tolist() == [0, 0, 0]
 
 
 LOGITS = np.array([[2.0, -1.0, 0.5], [0.25, 1.0, 1.0], [-3.0, -2.0, -2.5]], "float32")

@@ -1,5 +1,7 @@
 """However a model is trained, every kernel stays on its constraint set: measured in float64, from the operator."""
 
+import shutil
+
 import keras
 import numpy as np
 import pytest
@@ -122,25 +124,68 @@ def test_averaged_weights_are_repaired():
     assert_one_lipschitz(model)
 
 
-def test_mixed_bfloat16(policy):
-    policy("mixed_bfloat16")
-    model = make_model()
-    fit(model, keras.optimizers.Adam(1e-2))
-    assert model.layers[0].kernel.dtype == "float32"
-    assert_one_lipschitz(model)
+def make_orthogonal_model():
+    layers = hkr.layers
+    return keras.Sequential(
+        [
+            keras.Input((SIZE, SIZE, 2)),
+            layers.OrthogonalConv2D(4, 2, padding="same"),
+            layers.GroupSort(2),
+            keras.layers.Flatten(),
+            layers.LipschitzDense(4),
+            layers.LipschitzDense(1),
+        ]
+    )
+
+
+def assert_orthonormal(model):
+    """All that is constrained is float32 and orthonormal to its last bits, and so is the composed convolution."""
+    for _, weight, geometry in hkr.geometry.model_kernels(model):
+        assert weight.dtype == "float32"
+        values = np.linalg.svd(geometry.gain * host(geometry.to_matrices(weight)), compute_uv=False)
+        assert 1 - 1e-6 <= values.min() <= values.max() <= 1 + 4e-7, weight.path
+    composed = model.layers[0].kernel
+    assert keras.backend.standardize_dtype(composed.dtype) == "float32"
+    copy = hkr.layers.OrthogonalConv2D(4, 2, padding="same", dtype="float32")
+    copy.build((None, SIZE, SIZE, 2))
+    copy.set_weights(model.layers[0].get_weights())
+    operator = keras.Sequential([keras.Input((SIZE, SIZE, 2)), copy]).layers[0]
+    assert np.linalg.norm(dense_operator(operator), ord=2) <= 1 + 4e-7
+    assert hkr.lipschitz_bound(model) <= 1 + 1e-6
+
+
+@pytest.mark.parametrize("jit_compile", [False, True] if BACKEND != "torch" else [False])  # torch: its own test below
+@pytest.mark.parametrize("name", ["float32", "mixed_bfloat16", "mixed_float16"])
+def test_precision_and_compilation(policy, name, jit_compile):
+    policy(name)
+    model = make_orthogonal_model()
+    fit(model, keras.optimizers.Adam(1e-2), [hkr.callbacks.Orthonormalize()], jit_compile=jit_compile)
+    assert model.jit_compile is jit_compile
+    assert model.layers[-2].compute_dtype == name.removeprefix("mixed_")
+    assert (type(model.optimizer).__name__ == "LossScaleOptimizer") == (name == "mixed_float16")
+    assert_orthonormal(model)
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="torch.compile")
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile wants a C++ compiler")
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_torch_compile():
+    weights = []
+    for jit_compile in (False, True):
+        keras.utils.set_random_seed(0)
+        model = keras.Sequential([keras.Input((4,)), hkr.layers.LipschitzDense(2), hkr.layers.LipschitzDense(1)])
+        model.compile(keras.optimizers.SGD(0.1), hkr.losses.HKR(), jit_compile=jit_compile)
+        model.fit(X[:32, 0, :2].reshape(32, 4), Y[:32], batch_size=16, shuffle=False, verbose=0)
+        weights.append([host(weight) for weight in model.trainable_weights])
+    for eager, compiled in zip(*weights, strict=True):
+        np.testing.assert_allclose(compiled, eager, atol=1e-5)
+    for kernel in weights[1][::2]:
+        assert np.linalg.norm(kernel, ord=2) <= 1 + 4e-7
 
 
 def test_loss_scaling():
     model = make_model()
     fit(model, keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam(1e-2), initial_scale=2.0**10))
-    assert_one_lipschitz(model)
-
-
-def test_mixed_float16(policy):
-    policy("mixed_float16")
-    model = make_model()
-    fit(model, keras.optimizers.Adam(1e-2))
-    assert type(model.optimizer).__name__ == "LossScaleOptimizer"
     assert_one_lipschitz(model)
 
 

@@ -62,7 +62,8 @@ class LayerCentering(keras.layers.Layer):
 class BatchCentering(keras.layers.Layer):
     """Subtracts the mean of the batch in training and its moving average at inference, then adds a bias.
 
-    `keras.layers.BatchNormalization` without the division. At inference it is a translation, constant 1.
+    `keras.layers.BatchNormalization` without the division. At inference it is a translation, constant 1. When a batch
+    is in parts on several replicas, each subtracts the mean of its own part.
 
     Args:
         axis: the axis that keeps its own means, usually the channels.
@@ -100,7 +101,9 @@ class BatchCentering(keras.layers.Layer):
             )
         # An input of one channel would be broadcast to all of them.
         self.input_spec = keras.layers.InputSpec(ndim=len(input_shape), axes={self.axis % len(input_shape): size})
-        self.moving_mean = self.add_weight(name="moving_mean", shape=(size,), initializer="zeros", trainable=False)
+        self.moving_mean = self.add_weight(  # aggregation: of the replicas of tf.distribute
+            name="moving_mean", shape=(size,), initializer="zeros", trainable=False, aggregation="mean"
+        )
         if self.center:
             self.bias = self.add_weight(name="bias", shape=(size,), initializer="zeros")
         self.built = True
