@@ -40,14 +40,14 @@ def test_without_a_hinge_the_optimum_is_the_distance():
     assert hkr_optimum(x, labels.astype(int), 0.0, 0.3) == pytest.approx(-distance, abs=1e-7)
 
 
-def fitted(x, y, widths, epochs, rate):
+def fitted(x, y, widths, epochs, rate, optimizer=keras.optimizers.Adam):
     """A network that separates the means of two samples, trained on all of both at once."""
     points, labels = np.concatenate([x, y]), np.repeat([1, 0], [len(x), len(y)])
     model = hkr.models.lipschitz_mlp(x.shape[1:], 1, widths)
     steps = 20
     at_once = 1 if keras.backend.backend() == "torch" else steps
     schedule = keras.optimizers.schedules.CosineDecay(rate, epochs * steps)
-    model.compile(keras.optimizers.Adam(schedule), hkr.losses.KR(), steps_per_execution=at_once)
+    model.compile(optimizer(schedule), hkr.losses.KR(), steps_per_execution=at_once)
     points, labels = np.tile(points, (steps,) + (1,) * (points.ndim - 1)), np.tile(labels, steps)
     size = len(x) + len(y)
     polish = hkr.callbacks.Orthonormalize(every="train_end")
@@ -70,11 +70,11 @@ def test_a_network_estimates_the_distance_in_the_plane_from_below():
 
 
 def test_a_network_estimates_the_distance_of_digits_from_below():
-    # A sample in 64 dimensions wants a function that fits every image: longer training reaches 88 %.
+    # In little; widths of six times 256 reach 95 % in 400 steps, as notebook 05 shows.
     data = hkr.datasets.load("digits")
     zeros, eights = (data.x_train[data.y_train == digit] for digit in (0, 8))
-    share = share_of_the_distance(fitted(zeros, eights, (128, 64), epochs=15, rate=1e-2), zeros, eights)
-    assert 0.7 <= share <= 1.0
+    model = fitted(zeros, eights, (64,) * 4, epochs=15, rate=0.02, optimizer=hkr.optimizers.StiefelMuon)
+    assert 0.85 <= share_of_the_distance(model, zeros, eights) <= 1.0
 
 
 @pytest.mark.parametrize(
