@@ -105,7 +105,9 @@ class ExportedCertificate:
         2.0
         """
         try:
-            stored = {name: value for name, value in json.loads(text).items() if name not in ("statement", "norm")}
+            stored = {name: value for name, value in json.loads(text).items() if name != "statement"}
+            if stored.pop("norm") != "L2":
+                raise ValueError("radii in the L2 norm")
             distances = np.array(stored.pop("distances"), dtype=np.float64)
             positive = distances[~np.eye(len(distances), dtype=bool)] if len(distances) > 1 else distances
             if distances.shape != (len(distances),) * 2 or not (positive >= 0).all() or not float(stored["bound"]) > 0:

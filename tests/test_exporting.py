@@ -106,7 +106,10 @@ def test_ties_are_not_certified_and_wrong_outputs_refused():
 
 @pytest.mark.parametrize(
     "change",
-    [{"bound": -1.0}, {"bound": float("nan")}, {"distances": [[1.0, 2.0]]}, {"distances": [[0.0, -1.0], [1.0, 0.0]]}],
+    [
+        *({"bound": -1.0}, {"bound": float("nan")}, {"norm": "Linf"}),
+        *({"distances": [[1.0, 2.0]]}, {"distances": [[0.0, -1.0], [1.0, 0.0]]}),
+    ],
 )
 def test_broken_certificates_are_refused(change):
     certificate = exporting.ExportedCertificate(np.array([[0.0, 1.0], [1.0, 0.0]]), 1.0, "pairwise")
