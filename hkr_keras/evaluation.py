@@ -161,7 +161,7 @@ def evaluate(model, x, batch_size: int, verbose, rigorous: bool) -> Evaluation:
         raise ValueError(f"Expected a model with one output. Received: {len(flows)} outputs")
     centre, off = None, np.zeros(len(arrays[0]))
     error, before, since, largest = None, None, None, None
-    moved = _moved(model, arrays, rigorous)
+    moved = distance_moved(arrays)
     if rigorous:
         _check_rigorous(model)
         arrays = [array.astype(np.float32) for array in arrays]
@@ -244,13 +244,14 @@ def _of_rank(array: np.ndarray, rank: int) -> np.ndarray:
     return array[..., 0] if array.ndim == rank + 1 and array.shape[-1] == 1 else array
 
 
-def _moved(model, arrays, rigorous: bool) -> np.ndarray:
-    """How far each input moves, `(n,)`, when it is rounded to what the model takes."""
-    double = not rigorous and all(
-        tensor is not None and tensor.dtype == "float64" for tensor in getattr(model, "inputs", None) or [None]
-    )
-    if double:
-        return np.zeros(len(arrays[0]))
+def distance_moved(arrays) -> np.ndarray:
+    """How far each input moves, `(n,)`, when it is rounded to float32, as prediction does for every model.
+
+    Example:
+
+    >>> bool(distance_moved([np.array([[0.1]])])[0] > 0)
+    True
+    """
     squares = np.zeros(len(arrays[0]))
     for array in arrays:
         with np.errstate(over="ignore"):

@@ -13,7 +13,7 @@ import numpy as np
 
 from hkr_keras import bounds
 from hkr_keras.certificates import Certificate, Verification, certify
-from hkr_keras.evaluation import ROUNDED_DOWN, model_hash, versions
+from hkr_keras.evaluation import ROUNDED_DOWN, distance_moved, model_hash, versions
 from hkr_keras.stripping import to_keras
 
 FORMATS = ("tf_saved_model", "onnx", "litert")
@@ -173,7 +173,7 @@ def export(model, path, format: str = "tf_saved_model", preprocessing: str | Non
         _distances(model, checked.classes),
         checked.bound * _STORED_CONSTANTS,
         checked.method,
-        tuple({"name": t.name, "shape": list(t.shape), "dtype": t.dtype} for t in model.inputs),
+        _inputs(model),
         preprocessing,
         format,
         file_hash(path),
@@ -182,6 +182,10 @@ def export(model, path, format: str = "tf_saved_model", preprocessing: str | Non
     )
     certificate_path(path).write_text(certificate.to_json())
     return certificate
+
+
+def _inputs(model) -> tuple[dict[str, Any], ...]:
+    return tuple({"name": t.name, "shape": list(t.shape), "dtype": t.dtype} for t in model.inputs)
 
 
 def _distances(model, classes: int) -> np.ndarray:
@@ -229,8 +233,13 @@ class ExportedModel:
         return np.asarray(self._run([np.asarray(array, dtype=np.float32) for array in arrays]))
 
     def certify(self, x) -> Certificate:
-        """Predictions and radii, from the outputs of the file and the constants of its certificate."""
-        return self.certificate.of_outputs(self.predict(x))
+        """Predictions and radii, from the outputs of the file and the constants of its certificate.
+
+        An input that float32 does not hold exactly loses the distance by which it is rounded.
+        """
+        found = self.certificate.of_outputs(self.predict(x))
+        moved = distance_moved([np.asarray(array) for array in (x if isinstance(x, (list, tuple)) else [x])])
+        return dataclasses.replace(found, radius=np.maximum(found.radius - moved, 0.0))
 
     def verify(self, model, x, tolerance: float = 1e-5) -> Verification:
         """Certifies with the model and with the file, and compares.
@@ -246,6 +255,8 @@ class ExportedModel:
         mine, differences = certify(model, x, verbose=0), []
         if self.certificate.model != model_hash(model):
             differences.append(f"model: expected {self.certificate.model}, found {model_hash(model)}")
+        if list(self.certificate.inputs) != list(_inputs(model)):
+            differences.append(f"inputs: expected {self.certificate.inputs}, found {_inputs(model)}")
         smaller = self.certificate.distances < _distances(model, mine.classes) * (1 - 1e-9)
         if self.certificate.distances.shape != smaller.shape or smaller.any() or self.certificate.bound < mine.bound:
             differences.append("constants: those of the certificate are smaller than those of the model")

@@ -594,3 +594,11 @@ def test_tiny_weights_of_a_float64_head_give_no_infinite_radius():
     x = np.array([[1.0, 0.0]], "float32")
     assert hkr.certify(plain, x, verbose=0).radius[0] == pytest.approx(0.5**0.5)
     assert hkr.certify(tiny, x, verbose=0).radius[0] == 0.0  # float32 logits underflow to a tie
+
+
+def test_a_float64_input_is_rounded_all_the_same():
+    ones, bias = "ones", keras.initializers.Constant(-1e8)
+    for dtype in ("float32", "float64"):
+        layer = keras.layers.Dense(1, kernel_initializer=ones, bias_initializer=bias, dtype="float32")
+        model = keras.Sequential([keras.Input((1,), dtype=dtype), layer])
+        assert certify(model, np.array([[1e8 + 5.0]]), verbose=0).radius[0] <= 5.0
