@@ -596,6 +596,7 @@ def test_tiny_weights_of_a_float64_head_give_no_infinite_radius():
     assert hkr.certify(tiny, x, verbose=0).radius[0] == 0.0  # float32 logits underflow to a tie
 
 
+@pytest.mark.filterwarnings("ignore:Explicitly requested dtype float64")  # JAX says that it has none
 def test_a_float64_input_is_rounded_all_the_same():
     ones, bias = "ones", keras.initializers.Constant(-1e8)
     for dtype in ("float32", "float64"):
