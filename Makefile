@@ -8,6 +8,9 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constra
 # One thread per worker: two workers on two cores, whatever the backend.
 ONE_THREAD = OMP_NUM_THREADS=1 TF_NUM_INTRAOP_THREADS=1 TF_NUM_INTEROP_THREADS=1 \
 	XLA_FLAGS="--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+# JAX compiles the same programs in many tests; kept, they also serve the next run.
+KEPT = JAX_COMPILATION_CACHE_DIR=$(abspath $(VENV))/jax JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 \
+	JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1
 QUIET = TF_CPP_MIN_LOG_LEVEL=3 PYTHONUNBUFFERED=1
 
 .PHONY: help demo test lint docs bench notebooks clean
@@ -21,7 +24,7 @@ demo: $(VENV)/.installed-$(BACKEND)  ## Train, certify and show a digits classif
 test: $(VENV)/.installed-test lint docs  ## Lint, documentation, then the whole suite on every backend, each in its own process
 	@set -e; for backend in $(BACKENDS); do \
 		echo "== tests on $$backend"; \
-		KERAS_BACKEND=$$backend $(QUIET) $(ONE_THREAD) $(BIN)/python -m pytest -q -n $(WORKERS) --durations=5 \
+		KERAS_BACKEND=$$backend $(QUIET) $(KEPT) $(ONE_THREAD) $(BIN)/python -m pytest -q -n $(WORKERS) --durations=5 \
 			--doctest-modules hkr_keras tests; \
 	done
 

@@ -1,12 +1,13 @@
-"""What a proven Lipschitz bound costs: seconds and peak memory by network, each in a process of its own.
+"""What a proven Lipschitz bound and certificates cost: seconds and memory by network, each in a process of its own.
 
-KERAS_BACKEND=tensorflow python benchmarks/bound_cost.py
+    KERAS_BACKEND=tensorflow python benchmarks/bound_cost.py [--only mlp cnn] [--plot FILE]
+
+"certify" is for 64 inputs, with the bound at hand: predictions, which it compiles anew in every call, and radii.
 """
 
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -15,13 +16,16 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import keras
 import numpy as np
-from rich.console import Console
-from rich.table import Table
-from timing import peak_memory
+from timing import bars, options, peak_memory, show, store
 
 import hkr_keras as hkr
 
 K = keras.layers
+CERTIFIED = 64
+HEADINGS = (
+    *("network", "parameters", "bound", "bound, s", f"certify {CERTIFIED}, s"),
+    *("peak memory, GB", "for the bound, GB"),
+)
 
 
 def mlp():
@@ -74,12 +78,18 @@ def measure(name: str, rounds: int) -> dict:
         start = time.perf_counter()
         bound = hkr.lipschitz_bound(model)
         seconds = min(seconds, time.perf_counter() - start)
-    peak = peak_memory()
+    peak, certified = peak_memory(), np.inf
+    x = np.random.default_rng(0).random((CERTIFIED, *model.input_shape[1:]), dtype="float32")
+    for _ in range(rounds):
+        start = time.perf_counter()
+        hkr.certify(model, x, verbose=0)
+        certified = min(certified, time.perf_counter() - start)
     return {
         "network": name,
         "parameters": model.count_params(),
         "bound": bound,
         "seconds": seconds,
+        "certify": certified,
         "peak_gb": peak / 2**10,
         "more_gb": (peak - before) / 2**10,
     }
@@ -87,26 +97,25 @@ def measure(name: str, rounds: int) -> dict:
 
 def main() -> None:
     """Prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = options(__doc__, rounds=2)
     parser.add_argument("--only", nargs="+", choices=NETWORKS, default=list(NETWORKS))
-    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--child", choices=NETWORKS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
         print(json.dumps(measure(arguments.child, arguments.rounds)))
         return
-    table = Table(
-        title=f"lipschitz_bound, {os.cpu_count()} x {platform.machine()} CPU cores; Keras {keras.__version__}, "
-        f"NumPy {np.__version__}, {keras.backend.backend()}, Python {platform.python_version()}"
-    )
-    for column in ("network", "parameters", "bound", "seconds", "peak memory, GB", "of these for the bound, GB"):
-        table.add_column(column, justify="left" if column == "network" else "right")
+    rows, drawn = [], []
     for name in arguments.only:
         command = [sys.executable, __file__, "--child", name, "--rounds", str(arguments.rounds)]
-        row = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
-        numbers = (f"{row['bound']:.4g}", f"{row['seconds']:.2f}", f"{row['peak_gb']:.2f}", f"{row['more_gb']:.2f}")
-        table.add_row(name, f"{row['parameters']:,}", *numbers)
-    Console(width=110).print(table)
+        found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+        seconds = found["seconds"], found["certify"]
+        numbers = [f"{value:.2f}" for value in (*seconds, found["peak_gb"], found["more_gb"])]
+        rows.append((name, f"{found['parameters']:,}", f"{found['bound']:.4g}", *numbers))
+        drawn.append(seconds)
+        store(arguments.json, benchmark="bound", **found)
+    show("lipschitz_bound and certify", HEADINGS, rows, arguments.markdown)
+    series = dict(zip(("lipschitz_bound", "certify"), zip(*drawn, strict=True), strict=True))
+    bars(arguments.plot, arguments.only, series, "seconds", log=True)
 
 
 if __name__ == "__main__":

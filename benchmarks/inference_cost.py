@@ -13,7 +13,7 @@ import warnings
 import keras
 import numpy as np
 from step_cost import cnn
-from timing import interleaved, options, show, stopwatch, store
+from timing import bars, interleaved, options, show, stopwatch, store
 
 import hkr_keras as hkr
 
@@ -68,6 +68,9 @@ def main() -> None:
         store(arguments.json, network=name, batch=arguments.batch, keras=keras_times[name], onnx=onnx_times.get(name))
     headings = ("network", "Keras, ms", "ratio", "ONNX, ms", "ratio")
     show(f"Prediction of {arguments.batch} images", headings, rows, arguments.markdown)
+    series = {"Keras": keras_times, **({"ONNX": onnx_times} if onnx_times else {})}
+    drawn = {title: [times[name] for name in models] for title, times in series.items()}
+    bars(arguments.plot, list(models), drawn, f"milliseconds for {arguments.batch} images")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import math
 import keras
 import numpy as np
 from keras import ops
-from timing import compiled, interleaved, options, shape, show, stopwatch, store
+from timing import bars, compiled, interleaved, options, shape, show, stopwatch, store
 
 import hkr_keras as hkr
 
@@ -89,16 +89,21 @@ def main() -> None:
     parser = options(__doc__)
     parser.add_argument("--shapes", type=shape, nargs="+", default=SHAPES)
     arguments = parser.parse_args()
-    rows = []
+    rows, drawn = [], []
     for size in arguments.shapes:
         for makers in (ACTIVATIONS, POOLINGS) if len(size) == 4 else (ACTIVATIONS,):
             found = measure(makers, size, arguments.rounds)
             for record in found:
+                drawn.append((record["floor"], record["ms"]))
                 store(arguments.json, benchmark="layer", shape=size, **record)
                 ratios = [f"{record['ms'] / other:.2f}" for other in (record["floor"], found[0]["ms"])]
                 times = f"{record['bytes'] / 1e6:.2f}", f"{record['floor']:.3f}", f"{record['ms']:.3f}"
                 rows.append(("x".join(map(str, size)), record["layer"], *times, *ratios))
     show("Layers, forward and backward", HEADINGS, rows, arguments.markdown, left=2)
+    series = dict(zip(("moving the bytes", "layer"), zip(*drawn, strict=True), strict=True))
+    bars(
+        arguments.plot, [f"{row[1]}  {row[0]}" for row in rows], series, "milliseconds, forward and backward", log=True
+    )
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import sys
 import keras
 import numpy as np
 from step_cost import NETWORKS, build
-from timing import options, peak_memory, show, store
+from timing import bars, options, peak_memory, show, store
 
 import hkr_keras as hkr
 
@@ -50,15 +50,18 @@ def main() -> None:
     if arguments.child:
         print(json.dumps(measure(arguments.only[0], arguments.batch[0], arguments.child == "lipschitz")))
         return
-    rows = []
+    rows, drawn = [], []
     for name in arguments.only:
         for batch in arguments.batch:
             found = {kind: in_a_process(name, batch, kind, arguments.rounds) for kind in ("plain", "lipschitz")}
             plain, ours = found["plain"], found["lipschitz"]
             megabytes = [f"{value:.0f}" for value in (plain["peak"], ours["peak"], plain["more"], ours["more"])]
             rows.append((name, str(batch), *megabytes, f"{ours['more'] / max(plain['more'], 1e-9):.2f}"))
+            drawn.append((plain["more"], ours["more"]))
             store(arguments.json, benchmark="memory", network=name, batch=batch, **found)
     show("Memory of training", HEADINGS, rows, arguments.markdown)
+    series = dict(zip(("plain", "here"), zip(*drawn, strict=True), strict=True))
+    bars(arguments.plot, [f"{row[0]}, batch {row[1]}" for row in rows], series, "MB that training adds")
 
 
 def in_a_process(name: str, batch: int, kind: str, rounds: int) -> dict[str, float]:

@@ -1,11 +1,12 @@
-"""The same network, data and time with deel-lip 1.5.0, in an environment of its own.
+"""The same networks, data and time with deel-lip 1.5.0 and deel-torchlip 1.0.5, in environments of their own.
 
     python benchmarks/peers.py --loss hkr --alpha 50 --margin 0.5 --rate 3e-3 --json results.jsonl
-    python benchmarks/peers.py --steps
+    python benchmarks/peers.py --steps --peer deel-torchlip --network mlp cnn
 
-The first form trains the peer and stores what it claims of itself; `--steps` times a training step of both libraries,
-in turn. The first call makes the environment (Python up to 3.11, TensorFlow 2.15, about 1 GB) under `build/`, which
-Git ignores; nothing of the package needs it. `--margin` is deel-lip's `min_margin`, twice the margin of this package.
+The first form trains deel-lip and stores what it claims of itself; `--steps` times a training step of a peer, of this
+package and of plain Keras on the same engine, in turn. The first call makes the environment (for deel-lip Python up
+to 3.11 and TensorFlow 2.15; about 1 GB each) under `build/`, which Git ignores; nothing of the package needs it.
+`--margin` is deel-lip's `min_margin`, twice the margin of this package.
 
 Its certificate is the one its metrics compute: the lead of the first logit over 2, where the neurons of the last layer
 have norm 1, or over the root of 2, under the assumption that every layer is 1-Lipschitz. That is wrong for its padded
@@ -27,8 +28,12 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import numpy as np
 
 EPSILONS = (36 / 255, 0.25, 0.5, 1.0)
-ENVIRONMENT = pathlib.Path(__file__).parents[1] / "build" / "peers"
-REQUIREMENTS = ("deel-lip==1.5.0", "tensorflow-cpu==2.15.1", "numpy==1.26.4", "setuptools<81")
+ENVIRONMENTS = pathlib.Path(__file__).parents[1] / "build" / "peers"
+REQUIREMENTS = {
+    "deel-lip": ("deel-lip==1.5.0", "tensorflow-cpu==2.15.1", "numpy==1.26.4", "setuptools<81"),
+    "deel-torchlip": ("deel-torchlip==1.0.5", "torch==2.13.0", "numpy"),
+}
+BACKENDS = {"deel-lip": "tensorflow", "deel-torchlip": "torch"}
 FACTORS = {"unit_norm": 2.0, "orthonormal": math.sqrt(2.0)}
 LOSSES = {
     "hkr": lambda losses, o: losses.MulticlassHKR(o.alpha, o.margin),
@@ -38,22 +43,22 @@ LOSSES = {
 }
 
 
-def interpreter() -> pathlib.Path:
-    """Python of the peer's environment, which is made when it is missing.
+def interpreter(peer: str = "deel-lip") -> pathlib.Path:
+    """Python of the environment of a peer, which is made when it is missing.
 
     Raises:
         SystemExit: on a Python that TensorFlow 2.15 does not support.
     """
-    python = ENVIRONMENT / "bin" / "python"
-    done = ENVIRONMENT / "installed"
+    folder = ENVIRONMENTS / peer
+    python, done = folder / "bin" / "python", folder / "installed"
     if not done.exists():
-        if not (3, 9) <= sys.version_info[:2] <= (3, 11):
+        if peer == "deel-lip" and not (3, 9) <= sys.version_info[:2] <= (3, 11):
             raise SystemExit(
                 "Expected Python 3.9 to 3.11, the newest that TensorFlow 2.15 and so deel-lip 1.5.0 support. "
                 f"Received: Python {platform.python_version()}"
             )
-        subprocess.run([sys.executable, "-m", "venv", "--clear", str(ENVIRONMENT)], check=True)
-        subprocess.run([str(python), "-m", "pip", "install", "--quiet", *REQUIREMENTS], check=True)
+        subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
+        subprocess.run([str(python), "-m", "pip", "install", "--quiet", *REQUIREMENTS[peer]], check=True)
         done.touch()
     return python
 
@@ -71,13 +76,6 @@ def network(pooling: str = "l2_norm", head: str = "unit_norm"):
             parts += [layers.SpectralConv2D(filters, 3, padding="same"), layers.GroupSort2()]
         parts.append(pool((2, 2)))
     return model.Sequential([*parts, Flatten(), layers.SpectralDense(64), layers.GroupSort2(), dense(10)])
-
-
-def own_network():
-    """The same sizes here: orthogonal convolutions and invertible down-sampling."""
-    import hkr_keras as hkr
-
-    return hkr.models.lipschitz_cnn((28, 28, 1), 10, orthogonal=True)
 
 
 def claimed(logits: np.ndarray, labels: np.ndarray, head: str = "unit_norm") -> dict[str, float]:
@@ -144,54 +142,144 @@ def train(options) -> dict:
 SETTING = ("loss", "alpha", "margin", "temperature", "epochs", "batch", "rate", "seed", "pooling", "head")
 
 
-def serve_steps(library: str, count: int) -> None:
-    """Times `count` training steps whenever a line comes in, and answers with milliseconds per step."""
-    if library == "deel-lip":
-        import tensorflow as tf
-        from deel.lip import losses
+# ---- the time of a step -------------------------------------------------------------------------------------
 
-        model, loss = network("invertible"), losses.MulticlassHKR(50.0, 1.0)
-        optimizer = tf.keras.optimizers.Adam(1e-3)
-        labels = np.eye(10, dtype="float32")
+NETWORKS = {
+    "mlp": "784-512-512-512-10",
+    "cnn": "16,16,P,32,32,P,64,10 with L2-norm pooling",
+    "frontier": "the same with invertible down-sampling; here orthogonal convolutions and StiefelMuon",
+}
+
+
+def deel_lip_step(name: str):
+    """A function of the data that trains on them, with deel-lip."""
+    import tensorflow as tf
+    from deel.lip import layers, losses, model
+    from tensorflow.keras.layers import Input
+
+    if name == "mlp":
+        hidden = [layer for _ in range(3) for layer in (layers.SpectralDense(512), layers.GroupSort2())]
+        net = model.Sequential([Input((784,)), *hidden, layers.FrobeniusDense(10)])
     else:
-        import hkr_keras as hkr
+        net = network({"cnn": "l2_norm", "frontier": "invertible"}[name])
+    net.compile(tf.keras.optimizers.Adam(1e-3), loss=losses.MulticlassHKR(50.0, 1.0))
+    return lambda x, y, batch: net.fit(x, np.eye(10, dtype="float32")[y], batch_size=batch, verbose=0, shuffle=False)
 
-        model, loss = own_network(), hkr.losses.MulticlassHKR(50.0, 0.5)
-        optimizer = hkr.optimizers.StiefelMuon()
-        labels = np.arange(10)
+
+def deel_torchlip_step(name: str):
+    """A function of the data that trains on them, with deel-torchlip."""
+    import torch
+    from deel import torchlip
+
+    if name == "mlp":
+        sizes = ((784, 512), (512, 512), (512, 512))
+        parts = [part for size in sizes for part in (torchlip.SpectralLinear(*size), torchlip.GroupSort2())]
+        parts.append(torchlip.FrobeniusLinear(512, 10))
+    else:
+        parts, channels = [], 1
+        for filters in (16, 32):
+            for _ in range(2):
+                convolution = torchlip.SpectralConv2d(channels, filters, 3, padding="same")
+                parts, channels = [*parts, convolution, torchlip.GroupSort2()], filters
+            pool = torchlip.ScaledL2NormPool2d(2) if name == "cnn" else torchlip.InvertibleDownSampling(2)
+            parts, channels = [*parts, pool], channels * (1 if name == "cnn" else 4)
+        parts += [torch.nn.Flatten(), torchlip.SpectralLinear(channels * 49, 64), torchlip.GroupSort2()]
+        parts.append(torchlip.FrobeniusLinear(64, 10))
+    net = torchlip.Sequential(*parts)
+    optimizer, loss = torch.optim.Adam(net.parameters(), 1e-3), torchlip.HKRMulticlassLoss(0.98, 1.0)
+
+    def train(x, y, batch):
+        x = torch.from_numpy(x if x.ndim == 2 else np.moveaxis(x, -1, 1).copy())
+        y = torch.nn.functional.one_hot(torch.from_numpy(y), 10)
+        for i in range(0, len(x), batch):
+            optimizer.zero_grad()
+            loss(net(x[i : i + batch]), y[i : i + batch]).backward()
+            optimizer.step()
+
+    return train
+
+
+def keras_step(name: str, lipschitz: bool):
+    """A function of the data that trains on them, with this package or with plain Keras."""
+    import keras
+    from step_cost import build
+
+    import hkr_keras as hkr
+
+    frontier = name == "frontier"
+    if frontier and lipschitz:
+        model = hkr.models.lipschitz_cnn((28, 28, 1), 10, orthogonal=True)
+    else:
+        model = build("cnn" if frontier else name, lipschitz)
+    optimizer = hkr.optimizers.StiefelMuon() if frontier and lipschitz else keras.optimizers.Adam()
+    model.compile(optimizer, loss=hkr.losses.MulticlassHKR(50.0, 0.5))
+    return lambda x, y, batch: model.fit(x, y, batch_size=batch, verbose=0, shuffle=False)
+
+
+STEPS = {
+    "plain Keras": lambda name: keras_step(name, lipschitz=False),
+    "hkr_keras": lambda name: keras_step(name, lipschitz=True),
+    "deel-lip": deel_lip_step,
+    "deel-torchlip": deel_torchlip_step,
+}
+
+
+def serve_steps(library: str, name: str, batch: int, count: int) -> None:
+    """Times `count` training steps whenever a line comes in, and answers with milliseconds per step."""
     rng = np.random.default_rng(0)
-    x = rng.random((128 * count, 28, 28, 1), dtype="float32")
-    y = labels[rng.integers(0, 10, len(x))]
-    model.compile(optimizer, loss=loss)
-    model.fit(x, y, batch_size=128, verbose=0)
+    shape = (784,) if name == "mlp" else (28, 28, 1)
+    x, y = rng.random((batch * count, *shape), dtype="float32"), rng.integers(0, 10, batch * count)
+    train = STEPS[library](name)
+    train(x, y, batch)
     for _ in sys.stdin:
         start = time.perf_counter()
-        model.fit(x, y, batch_size=128, verbose=0, shuffle=False)
+        train(x, y, batch)
         print(1e3 * (time.perf_counter() - start) / count, flush=True)
 
 
-def compare_steps(rounds: int, count: int) -> dict[str, float]:
-    """Milliseconds per training step of both libraries, with the networks and optimizers of the frontier: minima of
-    rounds in turn."""
-    environment = {**os.environ, "KERAS_BACKEND": "tensorflow"}
+def compare_steps(peer: str, name: str, batch: int, rounds: int, count: int) -> dict[str, float]:
+    """Milliseconds per training step of plain Keras, this package and a peer, each in a process: minima of rounds in
+    turn."""
+    environment = {**os.environ, "KERAS_BACKEND": BACKENDS[peer]}
+    command = [__file__, "--network", name, "--batch", str(batch), "--count", str(count), "--serve"]
     children = {
-        name: subprocess.Popen(
-            [str(python), __file__, "--serve", name, "--count", str(count)],
+        library: subprocess.Popen(
+            [str(interpreter(peer) if library == peer else sys.executable), *command, library],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             env=environment,
         )
-        for name, python in (("hkr_keras", sys.executable), ("deel-lip", interpreter()))
+        for library in ("plain Keras", "hkr_keras", peer)
     }
     best = dict.fromkeys(children, float("inf"))
     for _ in range(rounds):
-        for name, child in children.items():
+        for library, child in children.items():
             print(file=child.stdin, flush=True)
-            best[name] = min(best[name], float(child.stdout.readline()))
+            best[library] = min(best[library], float(child.stdout.readline()))
     for child in children.values():
         child.communicate()
     return best
+
+
+def show_steps(options) -> None:
+    """Prints the table of the times of a step."""
+    os.environ["KERAS_BACKEND"] = BACKENDS[options.peer]
+    from timing import bars, show, store
+
+    rows, drawn = [], []
+    for name in options.network:
+        best = compare_steps(options.peer, name, options.batch, options.rounds, options.count)
+        plain = best["plain Keras"]
+        rows.append((name, *(f"{value:.1f} ({value / plain:.2f})" for value in best.values())))
+        drawn.append(best)
+        store(options.json, benchmark="peers", peer=options.peer, network=name, batch=options.batch, milliseconds=best)
+    title = (
+        f"Training step, ms (times plain Keras), batch {options.batch}, {options.peer} beside {BACKENDS[options.peer]}"
+    )
+    show(title, ("network", *drawn[0]), rows, options.markdown)
+    series = {library: [best[library] for best in drawn] for library in drawn[0]}
+    bars(options.plot, options.network, series, "milliseconds a step")
 
 
 def main() -> None:
@@ -211,17 +299,19 @@ def main() -> None:
     parser.add_argument("--verbose", type=int, default=2)
     parser.add_argument("--json", help="append the figures to this file, one JSON object per line")
     parser.add_argument("--steps", action="store_true", help="time a training step of both libraries")
+    parser.add_argument("--peer", choices=REQUIREMENTS, default="deel-lip", help="whose steps to time")
+    parser.add_argument("--network", nargs="+", choices=NETWORKS, default=list(NETWORKS), help=str(NETWORKS))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--count", type=int, default=50, help="steps per round")
+    parser.add_argument("--markdown", action="store_true", help="print the table of steps as Markdown")
+    parser.add_argument("--plot", help="draw the table of steps into this file")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--serve", choices=("hkr_keras", "deel-lip"), help=argparse.SUPPRESS)
+    parser.add_argument("--serve", choices=STEPS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
-        serve_steps(options.serve, options.count)
+        serve_steps(options.serve, options.network[0], options.batch, options.count)
     elif options.steps:
-        best = compare_steps(options.rounds, options.count)
-        ratio = best["deel-lip"] / best["hkr_keras"]
-        print(", ".join(f"{name} {value:.1f} ms" for name, value in best.items()), f"a step, ratio {ratio:.2f}")
+        show_steps(options)
     elif options.child:
         result = json.dumps(train(options))
         print(result)

@@ -11,7 +11,7 @@ nothing takes: within a step there is no such call, so look at larger shapes onl
 
 import numpy as np
 from keras import ops
-from timing import compiled, interleaved, options, shape, show, stopwatch, store
+from timing import bars, compiled, interleaved, options, shape, show, stopwatch, store
 
 from hkr_keras import linalg
 
@@ -67,11 +67,12 @@ def main() -> None:
     parser.add_argument("--shapes", type=shape, nargs="+", default=SHAPES)
     parser.add_argument("--peak", type=int, default=2048, help="width of the square matrices of the product alone")
     arguments = parser.parse_args()
-    rows = []
+    rows, drawn = [], []
     for size in arguments.shapes:
         best, work = measure(size, arguments.rounds), gflop(*(1, *size)[-3:])
         numbers = f"{best['floor']:.3f}", f"{best['projection']:.3f}", f"{best['projection'] / best['floor']:.2f}"
         rows.append(("x".join(map(str, size)), f"{work:.3g}", *numbers, f"{1e3 * work / best['projection']:.1f}"))
+        drawn.append((best["floor"], best["projection"]))
         store(arguments.json, benchmark="projection", shape=size, gflop=work, **best)
     best, work = limits(arguments.peak, arguments.rounds), 2e-9 * arguments.peak**3
     product = f"{best['matmul']:.3f}", "", "", f"{1e3 * work / best['matmul']:.1f}"
@@ -79,6 +80,8 @@ def main() -> None:
     rows.append(("call", "", f"{best['call']:.3f}", "", "", ""))
     store(arguments.json, benchmark="limits", width=arguments.peak, gflop=work, **best)
     show("One projection", HEADINGS, rows, arguments.markdown)
+    series = dict(zip(("its two products", "projection"), zip(*drawn, strict=True), strict=True))
+    bars(arguments.plot, [row[0] for row in rows[: len(drawn)]], series, "milliseconds", log=True)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import time
 
 import keras
 import numpy as np
-from timing import interleaved, options, show, store
+from timing import figure, interleaved, options, show, store
 
 import hkr_keras as hkr
 
@@ -121,26 +121,21 @@ def measure(
     return interleaved({kind: clock(kind) for kind in models}, rounds)
 
 
-def draw(ratios: dict[str, dict[int, float]], path: str) -> None:
+def draw(ratios: dict[str, dict[int, float]], path: str | None) -> None:
     """The picture: time of a step over that of the plain network, against the batch, a line for each network."""
-    import matplotlib
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    def paint(ax):
+        for name, line in ratios.items():
+            ax.plot(list(line), list(line.values()), "o-", label=name, linewidth=2, markersize=6, markerfacecolor="w")
+        ax.axhline(1.0, color="#222222", linewidth=0.8, linestyle=":")
+        ax.set_xscale("log", base=2)
+        batches = sorted({batch for line in ratios.values() for batch in line})
+        ax.set_xticks(batches, [str(batch) for batch in batches])
+        ax.set(xlabel="batch", ylabel=f"step, times plain Keras ({keras.backend.backend()})", ylim=(0, None))
+        ax.grid(alpha=0.25)
+        ax.legend(frameon=False)
 
-    figure, ax = plt.subplots(figsize=(5.2, 3.6), layout="constrained")
-    for name, line in ratios.items():
-        ax.plot(list(line), list(line.values()), "o-", label=name, linewidth=2, markersize=6, markerfacecolor="w")
-    ax.axhline(1.0, color="#222222", linewidth=0.8, linestyle=":")
-    ax.set_xscale("log", base=2)
-    batches = sorted({batch for line in ratios.values() for batch in line})
-    ax.set_xticks(batches, [str(batch) for batch in batches])
-    ax.set(xlabel="batch", ylabel=f"step, times plain Keras ({keras.backend.backend()})", ylim=(0, None))
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.grid(alpha=0.25)
-    ax.legend(frameon=False)
-    figure.savefig(path, dpi=160)
-    plt.close(figure)
+    figure(path, 5.2, 3.6, paint)
 
 
 def main() -> None:
@@ -151,7 +146,6 @@ def main() -> None:
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adam")
     parser.add_argument("--jit", choices=JIT, default="auto", help="jit_compile of both networks")
     parser.add_argument("--every", type=int, default=1, help="steps from projection to projection")
-    parser.add_argument("--plot", help="draw the ratio against the batch into this file")
     arguments = parser.parse_args()
     setting = {"optimizer": arguments.optimizer, "jit": arguments.jit, "every": arguments.every}
     rows, ratios = [], {}
@@ -163,8 +157,7 @@ def main() -> None:
             store(arguments.json, network=name, batch=batch, **setting, **best)
     title = f"Training step ({', '.join(f'{key} {value}' for key, value in setting.items())})"
     show(title, HEADINGS, rows, arguments.markdown)
-    if arguments.plot:
-        draw(ratios, arguments.plot)
+    draw(ratios, arguments.plot)
 
 
 if __name__ == "__main__":

@@ -113,6 +113,7 @@ def options(doc: str | None, rounds: int = 5) -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=rounds)
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     parser.add_argument("--json", help="append the figures to this file, one JSON object per line")
+    parser.add_argument("--plot", help="draw the table into this file")
     return parser
 
 
@@ -137,3 +138,46 @@ def show(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]], mar
     for row in rows:
         table.add_row(*row)
     Console(width=110).print(table)
+
+
+def figure(path: str | None, width: float, height: float, paint: Callable) -> None:
+    """A picture with the axes that `paint` fills, machine and versions below it; nothing for no path."""
+    if not path:
+        return
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    fig, ax = plt.subplots(figsize=(width, height), layout="constrained")
+    paint(ax)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.set_axisbelow(True)
+    fig.supxlabel(f"{machine()}; {versions()}", fontsize=7, color="#666666")
+    fig.savefig(path, dpi=160)
+    plt.close(fig)
+
+
+def bars(path: str | None, labels: Sequence[str], series: Mapping[str, Sequence[float]], unit: str, log=False) -> None:
+    """Draws a row of bars for each label, a colour for each series, with its numbers at the end."""
+    size = 0.8 / len(series)
+
+    def paint(ax):
+        for i, (name, values) in enumerate(series.items()):
+            places = [row + (i - (len(series) - 1) / 2) * size for row in range(len(labels))]
+            drawn = ax.barh(places, values, size * 0.92, label=name, color=_COLORS[i % len(_COLORS)])
+            ax.bar_label(drawn, [f"{value:.3g}" for value in values], padding=3, fontsize=7)
+        ax.set_yticks(range(len(labels)), labels)
+        ax.invert_yaxis()
+        ax.set_xlabel(unit)
+        ax.margins(x=0.12)
+        ax.grid(axis="x", alpha=0.25)
+        if log:
+            ax.set_xscale("log")
+        if len(series) > 1:
+            ax.legend(frameon=False, fontsize=8)
+
+    figure(path, 6.4, 1.2 + len(labels) * max(0.22 * len(series), 0.3), paint)
+
+
+_COLORS = ("#9aa5b1", "#1f5fa8", "#d9622b", "#3a8f5c")

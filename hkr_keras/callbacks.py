@@ -1,6 +1,6 @@
 """Callbacks: keep kernels orthonormal from outside, and put proven numbers into the logs."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import keras
 
@@ -56,7 +56,8 @@ class Orthonormalize(keras.callbacks.Callback):
         self.every = every
         self._period = every if isinstance(every, int) else {"batch": 1}.get(every)
         self._batches = 0
-        self._has_waiting_kernels = False
+        self._waiting: list = []  # kernels that no optimizer projects, each with its constraint
+        self._project_waiting: Callable | None = None
 
     def get_config(self) -> dict:
         return {"every": self.every}
@@ -66,44 +67,45 @@ class Orthonormalize(keras.callbacks.Callback):
         return cls(**config)
 
     def on_train_begin(self, logs=None):
-        waiting = [layer for layer, kernel, _ in constraints.targets(self.model) if constraints.waits(kernel)]
-        self._has_waiting_kernels = bool(waiting)
-        self._batches = 0
+        waiting = [target for target in constraints.targets(self.model) if constraints.waits(target[1])]
+        self._waiting = [(kernel, constraint) for _, kernel, constraint in waiting]
+        self._batches, self._project_waiting = 0, None
         if waiting and self._period and self.model.steps_per_execution > 1:
             raise ValueError(
                 "Expected steps_per_execution=1: with more, a callback runs once for several optimizer steps. "
                 "Use hkr_keras layers with Orthonormal(), which runs in every step, or every='epoch'. "
                 f"Received: steps_per_execution={self.model.steps_per_execution}, every={self.every!r} and layers "
-                f"without a constraint or with DeferredOrthonormal(): {', '.join(layer.name for layer in waiting)}"
+                f"without a constraint or with DeferredOrthonormal(): {', '.join(layer.name for layer, *_ in waiting)}"
             )
-        self._project(polish=True)
+        self._polish()
 
     def on_train_batch_end(self, batch, logs=None):
         self._batches += 1
-        if self._has_waiting_kernels and self._period and self._batches % self._period == 0:
-            self._project(waiting_only=True)
+        if self._waiting and self._period and self._batches % self._period == 0:
+            _ = self.model  # on JAX this brings the values back
+            if self._project_waiting is None:
+                self._project_waiting = constraints.projection(self._waiting)
+            self._project_waiting()
 
     def on_epoch_end(self, epoch, logs=None):
         if self.every != "train_end":
-            self._project(polish=True)
+            self._polish()
 
     def on_test_begin(self, logs=None):
         if self._uses_averages():  # SwapEMAWeights has just put unprojected averages in place
-            self._project(polish=True)
+            self._polish()
 
     def on_train_end(self, logs=None):
-        self._project(polish=True)
+        self._polish()
+        self._waiting, self._project_waiting = [], None  # a callback without tensors can be copied
 
     def _uses_averages(self) -> bool:
         optimizer = getattr(self._model, "optimizer", None)
         optimizer = getattr(optimizer, "inner_optimizer", optimizer)
         return bool(getattr(optimizer, "use_ema", False))
 
-    def _project(self, polish: bool = False, waiting_only: bool = False):
-        model = self.model  # on JAX this brings the values back first
-        for _, kernel, constraint in constraints.targets(model):
-            if not waiting_only or constraints.waits(kernel):
-                constraints.project_kernel(kernel, constraint, polish)
+    def _polish(self):
+        constraints.project(self.model, polish=True)
 
 
 class LipschitzMonitor(keras.callbacks.Callback):

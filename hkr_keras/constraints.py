@@ -1,7 +1,7 @@
 """Constraint sets for kernels: `linalg` (what to do to a matrix) joined to `geometry` (where the matrix is)."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -9,6 +9,7 @@ from keras import ops
 
 from hkr_keras import linalg
 from hkr_keras._registry import export
+from hkr_keras.compiling import compiled
 from hkr_keras.geometry import Geometry, model_kernels
 
 Tensor = Any
@@ -227,7 +228,8 @@ def waits(kernel) -> bool:
 def targets(model) -> Iterator[tuple[keras.layers.Layer, Any, LipschitzConstraint]]:
     """Every `(layer, variable, constraint)` of a model to be projected: `Orthonormal` where a layer has no constraint.
 
-    Frozen layers whose kernels wait for the callback are left out.
+    Frozen layers whose kernels wait for the callback are left out, and so are weights whose geometry is unknown
+    (`EinsumDense`, attention, recurrent layers), which `lipschitz_bound` refuses by name.
 
     Raises:
         ValueError: for a kernel with a constraint of another library.
@@ -250,7 +252,9 @@ def project(model, polish: bool = False) -> None:
     step, and with `polish=True` at the end. Several processes that train equal weights each do it by themselves.
 
     Args:
-        model: a built model. Kernels without a constraint (of plain Keras layers) become orthonormal, unless frozen.
+        model: a built model. Kernels without a constraint (of plain Keras Dense and convolution layers) become
+            orthonormal, unless frozen; all other weights, such as those of `EinsumDense`, stay as they are. Kernels
+            with a constraint are projected even in a frozen layer, where that changes them by rounding only.
         polish: whether to project to full precision, as `callbacks.Orthonormalize` does after each epoch; otherwise one
             cheap projection, as after each step of a Keras optimizer.
 
@@ -266,10 +270,28 @@ def project(model, polish: bool = False) -> None:
     True
     """
     for _, kernel, constraint in targets(model):
-        project_kernel(kernel, constraint, polish)
+        value = ops.stop_gradient(ops.convert_to_tensor(kernel))
+        kernel.assign(constraint.polish(value) if polish else constraint.project(value))
 
 
-def project_kernel(kernel, constraint: LipschitzConstraint, polish: bool = False) -> None:
-    """Moves one variable onto a constraint set, in place; `polish` as in `project`."""
-    value = ops.stop_gradient(ops.convert_to_tensor(kernel))
-    kernel.assign(constraint.polish(value) if polish else constraint.project(value))
+def projection(kernels: Sequence[tuple[Any, LipschitzConstraint]]) -> Callable[[], None]:
+    """A function that moves variables onto their constraint sets by one cheap projection each, in place.
+
+    It runs as one program where the backend compiles, so that many small kernels cost little more than one.
+
+    Example:
+
+    >>> layer = keras.layers.Dense(2)
+    >>> layer.build((None, 4))
+    >>> projection([(layer.kernel, Orthonormal())])()
+    """
+    project_all = compiled(
+        lambda values: [constraint.project(value) for (_, constraint), value in zip(kernels, values, strict=True)]
+    )
+
+    def run():
+        values = project_all([ops.stop_gradient(ops.convert_to_tensor(kernel)) for kernel, _ in kernels])
+        for (kernel, _), value in zip(kernels, values, strict=True):
+            kernel.assign(value)
+
+    return run

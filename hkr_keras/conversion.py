@@ -66,7 +66,7 @@ def to_lipschitz(
     - ReLU and its smooth relatives, as layers or arguments: `activation`, where the number of channels is even.
     - Average pooling: scaled; overlapping max pooling: `L2NormPooling`. BatchNormalization: `BatchCentering`. Add:
       `LipschitzResidual`, a weighted mean.
-    - A final softmax or sigmoid is dropped, since certificates and losses are about logits.
+    - A final softmax or sigmoid that nothing else reads is dropped, since certificates and losses are about logits.
     - All other layers with a proven bound stay, layers of this package among them: converting twice changes nothing.
 
     Args:
@@ -132,7 +132,8 @@ def _ends(model) -> tuple[set[int], set[int]]:
         elif type(layer) is _k.Dense:
             heads.add(id(layer))
         elif isinstance(layer, _PASSING) or _makes_probabilities(layer):
-            last.add(id(layer))
+            if all(id(used.operation) in last for used in layer._outbound_nodes):  # not before weights as well
+                last.add(id(layer))
             for source in layer._inbound_nodes[node].input_tensors:
                 visit(source)
 

@@ -110,10 +110,15 @@ class ExportedCertificate:
                 raise ValueError("radii in the L2 norm")
             distances = np.array(stored.pop("distances"), dtype=np.float64)
             positive = distances[~np.eye(len(distances), dtype=bool)] if len(distances) > 1 else distances
-            if distances.shape != (len(distances),) * 2 or not (positive >= 0).all() or not float(stored["bound"]) > 0:
+            if distances.shape != (len(distances),) * 2 or not (positive >= 0).all() or not stored["bound"] > 0:
                 raise ValueError("a square of constants and a positive bound")
+            sizes = [size for each in stored["inputs"] for size in each["shape"]]
+            words = [stored[name] for name in ("method", "preprocessing", "format", "sha256", "model")]
+            right = all(isinstance(s, int | None) for s in sizes) and all(isinstance(w, str | None) for w in words)
+            if not right:
+                raise ValueError("shapes of integers, a method and hashes")
             return cls(distances, **{**stored, "inputs": tuple(stored["inputs"])})
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:  # whatever is not as it was written
             raise ValueError(f"Expected the certificate of an exported file. Received: {str(text)[:80]!r}") from error
 
 
@@ -244,6 +249,8 @@ class ExportedModel:
     def verify(self, model, x, tolerance: float = 1e-5) -> Verification:
         """Certifies with the model and with the file, and compares.
 
+        What only tells of the making (`preprocessing`, `versions`) is not compared: a model does not know of it.
+
         Args:
             model: that the file is said to be made of.
             x: inputs on which both are run.
@@ -257,6 +264,8 @@ class ExportedModel:
             differences.append(f"model: expected {self.certificate.model}, found {model_hash(model)}")
         if list(self.certificate.inputs) != list(_inputs(model)):
             differences.append(f"inputs: expected {self.certificate.inputs}, found {_inputs(model)}")
+        if self.certificate.method != mine.method:
+            differences.append(f"method: expected {self.certificate.method}, found {mine.method}")
         smaller = self.certificate.distances < _distances(model, mine.classes) * (1 - 1e-9)
         if self.certificate.distances.shape != smaller.shape or smaller.any() or self.certificate.bound < mine.bound:
             differences.append("constants: those of the certificate are smaller than those of the model")

@@ -10,6 +10,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from hkr_keras.compiling import compiled
+
 
 def as_function(model) -> Callable:
     """The model at inference as a function of one tensor, compiled where that is faster; it reads the present weights.
@@ -29,19 +31,11 @@ def as_function(model) -> Callable:
             f"built={model.built}"
             + (f" with {len(model.inputs)} inputs and {len(model.outputs)} outputs" if model.built else "")
         )
-    if keras.backend.backend() == "torch":
-        return lambda x: model(x, training=False)
-    if keras.backend.backend() == "tensorflow":
-        import tensorflow as tf
+    if keras.backend.backend() != "jax":
+        return compiled(lambda x: model(x, training=False))
+    call = compiled(lambda trainable, others, x: model.stateless_call(trainable, others, x, training=False)[0])
 
-        return tf.function(lambda x: model(x, training=False), autograph=False, reduce_retracing=True)
-    import jax
-
-    @jax.jit
-    def call(trainable, others, x):
-        return model.stateless_call(trainable, others, x, training=False)[0]
-
-    def function(x):
+    def function(x):  # variables are read here, since JAX takes them for constants inside
         return call([v.value for v in model.trainable_variables], [v.value for v in model.non_trainable_variables], x)
 
     return function

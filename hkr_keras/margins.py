@@ -132,8 +132,8 @@ def class_indices(y_true, classes: int) -> np.ndarray:
         labels = labels.argmax(axis=1) if is_one_hot else np.full(len(labels), -1)
     elif labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
-    allowed = {-1, 0, 1} if classes == 1 else set(range(classes))
-    if labels.ndim != 1 or not set(np.unique(labels).tolist()) <= allowed:
+    found, allowed = set(np.unique(labels).tolist()), [{0, 1}, {-1, 1}] if classes == 1 else [set(range(classes))]
+    if labels.ndim != 1 or not any(found <= values for values in allowed):
         wanted = "in {0, 1} or {-1, +1}" if classes == 1 else f"in 0..{classes - 1}, or one-hot (n, {classes})"
         raise ValueError(
             f"Expected labels of shape (n,) or (n, 1) {wanted}. "

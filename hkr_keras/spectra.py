@@ -37,9 +37,15 @@ def host(variable) -> np.ndarray:
     """Weights as float64 on the host.
 
     Raises:
-        ValueError: for NaN or infinite weights.
+        ValueError: for NaN or infinite weights, or none at all.
     """
-    tensor = ops.convert_to_tensor(variable)
+    try:
+        tensor = ops.convert_to_tensor(variable)
+    except TypeError as error:  # while JAX trains, the variables of Keras are empty
+        raise ValueError(
+            "Expected weights that hold values. While fit runs on JAX they are elsewhere: a callback that reads "
+            f"`self.model` brings them back. Received: {getattr(variable, 'path', 'weights')} without a value"
+        ) from error
     if keras.backend.standardize_dtype(tensor.dtype) not in ("float32", "float64"):
         tensor = ops.cast(tensor, "float32")
     array = np.asarray(ops.convert_to_numpy(tensor), dtype=np.float64)

@@ -2,6 +2,7 @@
 
 import argparse
 import inspect
+import io
 import itertools
 import json
 import subprocess
@@ -100,7 +101,7 @@ def test_claims_of_the_peer_are_those_of_its_head(head):
 
 
 def test_the_peer_needs_an_old_python(tmp_path, monkeypatch):
-    monkeypatch.setattr(peers, "ENVIRONMENT", tmp_path / "peers")
+    monkeypatch.setattr(peers, "ENVIRONMENTS", tmp_path / "peers")
     monkeypatch.setattr(sys, "version_info", (3, 13, 0))
     with pytest.raises(SystemExit, match=r"Expected Python 3\.9 to 3\.11"):
         peers.interpreter()
@@ -208,8 +209,10 @@ def test_projection_cost_times_a_projection_and_its_two_products(size):
 def test_projection_cost(tmp_path, monkeypatch, capsys):
     out = tmp_path / "cost.jsonl"
     run_main(
-        projection_cost, monkeypatch, "--shapes", "16x16", "--peak", 32, "--rounds", 1, "--markdown", "--json", out
+        *(projection_cost, monkeypatch, "--shapes", "16x16", "--peak", 32, "--rounds", 1, "--markdown", "--json", out),
+        *("--plot", tmp_path / "cost.png"),
     )
+    assert (tmp_path / "cost.png").stat().st_size > 5_000
     assert "| 16x16 | 1.64e-05 |" in capsys.readouterr().out
     shape, limits = [json.loads(line) for line in out.read_text().splitlines()]
     assert min(shape["floor"], shape["projection"], limits["matmul"], limits["call"]) > 0
@@ -234,7 +237,8 @@ def test_forward_and_backward_of_a_layer_are_both_computed(name):
 def test_layer_cost(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(layer_cost, "ACTIVATIONS", {name: layer_cost.ACTIVATIONS[name] for name in ("ReLU", "MaxMin")})
     out = tmp_path / "cost.jsonl"
-    run_main(layer_cost, monkeypatch, "--shapes", "4x8", "--rounds", 1, "--json", out)
+    run_main(layer_cost, monkeypatch, "--shapes", "4x8", "--rounds", 1, "--json", out, "--plot", tmp_path / "cost.png")
+    assert (tmp_path / "cost.png").stat().st_size > 5_000
     assert "MaxMin" in capsys.readouterr().out
     relu, max_min = [json.loads(line) for line in out.read_text().splitlines()]
     assert relu["bytes"] == max_min["bytes"] == 4 * 4 * 32
@@ -260,12 +264,13 @@ def test_step_cost_with_projections_every_few_steps(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(step_cost, "SAMPLES", 32)
     monkeypatch.setitem(step_cost.NETWORKS, "mlp", little)
     projected = []
-    project = hkr.callbacks.Orthonormalize._project
-    monkeypatch.setattr(
-        hkr.callbacks.Orthonormalize,
-        "_project",
-        lambda self, **how: projected.append(how) or project(self, **how),
-    )
+    projection = hkr.constraints.projection
+
+    def counted(kernels):
+        run = projection(kernels)
+        return lambda: projected.append(len(kernels)) or run()
+
+    monkeypatch.setattr(hkr.constraints, "projection", counted)
     out, image = tmp_path / "cost.jsonl", tmp_path / "overhead.png"
     arguments = ("--only", "mlp", "--batch", 4, "--rounds", 1, "--every", 3, "--optimizer", "stiefel_muon")
     run_main(step_cost, monkeypatch, *arguments, "--json", out, "--plot", image)
@@ -274,7 +279,7 @@ def test_step_cost_with_projections_every_few_steps(tmp_path, monkeypatch, capsy
     assert (line["every"], line["batch"]) == (3, 4)
     assert min(line["plain"], line["lipschitz"]) > 0
     assert image.stat().st_size > 5_000
-    assert projected.count({"waiting_only": True}) == 6  # two epochs of nine steps
+    assert projected == [1] * 6  # two epochs of nine steps
 
 
 def little(lipschitz, constraint=None):
@@ -291,3 +296,23 @@ def test_memory(monkeypatch, capsys):
     monkeypatch.setattr(memory, "in_a_process", lambda name, batch, kind, rounds: {"peak": 100.0, "more": 40.0})
     run_main(memory, monkeypatch, "--only", "mlp", "--batch", 8, "--markdown")
     assert "| mlp | 8 | 100 | 100 | 40 | 40 | 1.00 |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("library", "name"), [("plain Keras", "mlp"), ("hkr_keras", "frontier")])
+def test_a_process_answers_every_line_with_the_time_of_a_step(library, name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n\n"))
+    peers.serve_steps(library, name, batch=8, count=1)
+    first, second = map(float, capsys.readouterr().out.split())
+    assert min(first, second) > 0
+
+
+def test_steps_of_a_peer_beside_ours_and_plain_keras(tmp_path, monkeypatch, capsys):
+    milliseconds = {"plain Keras": 2.0, "hkr_keras": 3.0, "deel-torchlip": 10.0}
+    monkeypatch.setattr(peers, "compare_steps", lambda *arguments: milliseconds)
+    monkeypatch.setenv("KERAS_BACKEND", keras.backend.backend())
+    out, image = tmp_path / "steps.jsonl", tmp_path / "steps.png"
+    steps = ("--steps", "--peer", "deel-torchlip", "--network", "mlp")
+    run_main(peers, monkeypatch, *steps, "--markdown", "--json", out, "--plot", image)
+    assert "| mlp | 2.0 (1.00) | 3.0 (1.50) | 10.0 (5.00) |" in capsys.readouterr().out
+    assert json.loads(out.read_text())["milliseconds"] == milliseconds
+    assert image.stat().st_size > 5_000

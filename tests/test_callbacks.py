@@ -1,5 +1,7 @@
 """Callbacks: what they project and when, and what they write into the logs."""
 
+import copy
+
 import keras
 import numpy as np
 import pytest
@@ -120,6 +122,27 @@ def test_our_layers_are_always_on_the_set_and_polished_at_the_end(every):
     assert max(probe.batches) <= 1 + 1e-6
     assert [value < EXACT for value in probe.epochs] == [every != "train_end"] * 2
     assert deviation(model) < EXACT
+
+
+def test_kernels_off_the_set_are_projected_together_in_one_program():
+    values = [generator.normal(size=shape).astype("float32") for shape in ((6, 4), (4, 6))]
+    kernels = [keras.Variable(value) for value in values]
+    constraint = hkr.constraints.Orthonormal()
+    expected = [host(constraint.project(kernel)) for kernel in kernels]
+    run = hkr.constraints.projection([(kernel, constraint) for kernel in kernels])
+    run()
+    for kernel, value in zip(kernels, expected, strict=True):
+        np.testing.assert_allclose(host(kernel), value, atol=1e-6)
+        kernel.assign(3.0 * kernel)  # the program reads the present values
+    run()
+    assert max(np.linalg.norm(host(kernel), 2) for kernel in kernels) <= 1 + 4e-7
+
+
+def test_a_callback_that_has_trained_holds_no_tensors():
+    callback = Orthonormalize(2)
+    fit(compiled(plain_model()), callback)
+    assert copy.deepcopy({key: value for key, value in vars(callback).items() if key != "_model"})["every"] == 2
+    assert not callback._waiting
 
 
 def test_without_the_callback_plain_layers_leave_the_set():

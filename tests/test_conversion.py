@@ -231,6 +231,16 @@ class OwnDense(K.Dense):
     pass
 
 
+def test_a_softmax_that_weights_read_as_well_stays():
+    inputs = keras.Input((4,))
+    shares = K.Softmax(name="shares")(K.Dense(4)(inputs))
+    model = keras.Model(inputs, [shares, K.Dense(2)(shares)])
+    converted = hkr.to_lipschitz(model, print_fn=None)
+    assert type(converted.get_layer("shares")) is K.Softmax
+    only = hkr.to_lipschitz(keras.Sequential([keras.Input((4,)), K.Dense(4), K.Softmax(name="shares")]), print_fn=None)
+    assert type(only.layers[-1]) is K.Identity
+
+
 def test_layers_of_users():
     model = keras.Sequential([keras.Input((4,)), K.Dense(4), Doubling(name="mine"), OwnDense(2, name="own")])
     with pytest.raises(ValueError, match=r"mine .Doubling.(.|\n)*own .OwnDense.: it has a kernel that nothing"):

@@ -68,6 +68,9 @@ def test_no_certified_accuracy_is_lost_on_digits(trained, digits, format, tmp_pa
     assert "model:" in differences
     assert "outputs:" in differences
 
+    file.certificate = dataclasses.replace(file.certificate, method="logits")
+    assert "method:" in " ".join(file.verify(trained, digits.x_test[:5]).differences)
+
 
 def test_a_file_that_was_changed_is_noticed(exported):
     files = [exported] if exported.is_file() else sorted(each for each in exported.rglob("*") if each.is_file())
@@ -108,7 +111,8 @@ def test_ties_are_not_certified_and_wrong_outputs_refused():
     "change",
     [
         *({"bound": -1.0}, {"bound": float("nan")}, {"norm": "Linf"}),
-        *({"distances": [[1.0, 2.0]]}, {"distances": [[0.0, -1.0], [1.0, 0.0]]}),
+        *({"distances": [[1.0, 2.0]]}, {"distances": [[0.0, -1.0], [1.0, 0.0]]}, {"distances": 1.0}, {"bound": "1"}),
+        *({"inputs": ["x"]}, {"inputs": [{"shape": ["4"]}]}, {"inputs": None}, {"model": 3}, {"method": ["score"]}),
     ],
 )
 def test_broken_certificates_are_refused(change):

@@ -92,7 +92,17 @@ def test_class_indices(labels, classes, expected):
 
 @pytest.mark.parametrize(
     ("labels", "classes"),
-    [([0, 2], 1), ([0, 0.5], 1), ([[0, 1]], 1), ([0, 3], 3), ([-1, 0], 3), ([[0, 1]], 3), ([np.nan], 3), (1, 3)],
+    [
+        ([0, 2], 1),
+        ([0, 0.5], 1),
+        ([[0, 1]], 1),
+        ([0, 3], 3),
+        ([-1, 0], 3),
+        ([[0, 1]], 3),
+        ([np.nan], 3),
+        (1, 3),
+        ([-1, 0], 1),
+    ],
 )
 def test_class_indices_refuses(labels, classes):
     with pytest.raises(ValueError, match=r"Received: y\.shape="):
