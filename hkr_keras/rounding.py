@@ -138,12 +138,13 @@ _EXACT = (
     *(_k.MaxPooling1D, _k.MaxPooling2D, _k.MaxPooling3D),
     *(_k.GlobalMaxPooling1D, _k.GlobalMaxPooling2D, _k.GlobalMaxPooling3D),
     *(_k.UpSampling1D, _k.UpSampling2D, _k.UpSampling3D),
-    *(hkr_layers.MaxMin, hkr_layers.FullSort, hkr_layers.InvertibleDownsampling2D, hkr_layers.InvertibleUpsampling2D),
+    *(hkr_layers.FullSort, hkr_layers.InvertibleDownsampling2D, hkr_layers.InvertibleUpsampling2D),
 )
 for _cls in _EXACT:
     layer_rounding.register(_cls, lambda layer: relative(0.0))
 
-layer_rounding.register(hkr_layers.GroupSort, lambda layer: relative(4 * UNIT))  # x + relu(x D) S
+for _cls in (hkr_layers.GroupSort, hkr_layers.MaxMin):  # a difference and two sums
+    layer_rounding.register(_cls, lambda layer: relative(4 * UNIT))
 layer_rounding.register(hkr_layers.Householder, lambda layer: relative(36 * UNIT))  # sines and cosines of the angle
 
 
