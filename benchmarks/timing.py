@@ -170,7 +170,7 @@ def bars(path: str | None, labels: Sequence[str], series: Mapping[str, Sequence[
         ax.set_yticks(range(len(labels)), labels)
         ax.invert_yaxis()
         ax.set_xlabel(unit)
-        ax.margins(x=0.12)
+        ax.margins(x=0.12, y=0.01)
         ax.grid(axis="x", alpha=0.25)
         if log:
             ax.set_xscale("log")

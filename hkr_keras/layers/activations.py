@@ -36,11 +36,11 @@ def group_sort(x: Tensor, n: int = 2, axis: int = -1) -> Tensor:
     axis = axis % len(x.shape)
     channels = x.shape[axis]
     shape = tuple(ops.shape(x))
-    if n == 2 and axis == len(x.shape) - 1 and _is_tensorflow_on_cpu():  # which is slow at moving channels around
-        width = channels if channels <= MATRIX_CHANNELS else math.gcd(channels, 32)
+    if n == 2 and axis == len(x.shape) - 1:
+        width = _matrix_width(channels)
         if width == channels:
             return _sort_pairs_by_matrix(x, width)
-        if width >= 8:
+        if width:
             return ops.reshape(_sort_pairs_by_matrix(ops.reshape(x, (-1, width)), width), shape)
     groups = ops.reshape(x, (*shape[:axis], channels // n, n, *shape[axis + 1 :]))
     if n == 2:
@@ -68,11 +68,18 @@ def _sort_pairs_by_matrix(x: Tensor, channels: int) -> Tensor:
     return x + ops.matmul(excess, ops.convert_to_tensor(-difference.T, dtype=x.dtype))
 
 
-def _is_tensorflow_on_cpu() -> bool:
-    """On a GPU, matrix products may run at reduced precision (TF32), so that they are no way to copy numbers."""
-    return keras.backend.backend() == "tensorflow" and all(
-        device.startswith("cpu") for device in keras.distribution.list_devices()
-    )
+def _matrix_width(channels: int) -> int:
+    """How many channels at once are sorted by products with matrices, where these are fastest; 0 where they are not.
+
+    On an accelerator, such a product may run at reduced precision (TF32), so that it is no way to copy numbers.
+    """
+    backend = keras.backend.backend()
+    if backend == "torch" or any(not device.startswith("cpu") for device in keras.distribution.list_devices()):
+        return 0
+    if channels <= MATRIX_CHANNELS:
+        return channels
+    width = math.gcd(channels, 32)
+    return width if backend == "tensorflow" and width >= 8 else 0
 
 
 def householder(x: Tensor, angles: Tensor, axis: int = -1) -> Tensor:
