@@ -76,6 +76,12 @@ def bring_notebooks() -> None:
 
 bring_notebooks()
 
+
+def link_notebooks(app, docname, source) -> None:
+    """Links of the guide to notebooks of the repository, to those of the site."""
+    source[0] = source[0].replace("(../../notebooks/", "(../notebooks/")
+
+
 # ---- every public name is documented ---------------------------------------------------------------------
 
 
@@ -111,6 +117,7 @@ def keras_signature(app, what, name, value, options, signature, returns):
 
 
 def setup(app) -> None:
-    """Connects the two."""
+    """Connects the three."""
+    app.connect("source-read", link_notebooks)
     app.connect("autodoc-process-signature", keras_signature)
     app.connect("env-check-consistency", check_coverage)
