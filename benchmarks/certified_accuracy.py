@@ -11,6 +11,7 @@ CIFAR-10 wants a larger network, images mirrored and moved, and an accelerator. 
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import platform
@@ -29,8 +30,8 @@ EPSILONS = (36 / 255, 0.25, 0.5, 1.0)
 MODELS = {
     "mlp": hkr.models.lipschitz_mlp,
     "cnn": hkr.models.lipschitz_cnn,
-    "cnn_orthogonal": lambda shape, classes: hkr.models.lipschitz_cnn(shape, classes, orthogonal=True),
-    "cnn_wide": lambda shape, classes: hkr.models.lipschitz_cnn(shape, classes, (32, 64), 256, orthogonal=True),
+    "cnn_orthogonal": functools.partial(hkr.models.lipschitz_cnn, orthogonal=True),
+    "cnn_wide": functools.partial(hkr.models.lipschitz_cnn, filters=(32, 64), width=256, orthogonal=True),
     "resnet": hkr.models.lipschitz_resnet,
 }
 LOSSES = {
@@ -39,6 +40,7 @@ LOSSES = {
     "log_sum_exp_hkr": lambda o: hkr.losses.LogSumExpHKR(o.alpha, o.margin),
     "crossentropy": lambda o: hkr.losses.MarginCrossentropy(o.temperature, o.margin),
 }
+HEADS = {"unit_norm": hkr.constraints.UnitNorm, "orthonormal": hkr.constraints.Orthonormal}
 OPTIMIZERS = {
     "adam": keras.optimizers.Adam,
     "stiefel_muon": hkr.optimizers.StiefelMuon,
@@ -104,7 +106,7 @@ def run(options) -> dict:
     data = hkr.datasets.load(options.dataset, 0)
     if options.train:
         data = dataclasses.replace(data, x_train=data.x_train[: options.train], y_train=data.y_train[: options.train])
-    model = MODELS[options.model](data.x_train.shape[1:], data.classes)
+    model = MODELS[options.model](data.x_train.shape[1:], data.classes, head_constraint=HEADS[options.head]())
     steps = options.epochs * (len(data.x_train) // options.batch)
     schedule = keras.optimizers.schedules.CosineDecay(
         options.rate / 20, steps, warmup_target=options.rate, warmup_steps=max(1, steps // 20)
@@ -174,6 +176,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dataset", choices=("digits", "mnist", "fashion_mnist", "cifar10"), default="fashion_mnist")
     parser.add_argument("--model", choices=MODELS, default="cnn_orthogonal")
+    parser.add_argument("--head", choices=HEADS, default="unit_norm", help="the constraint of its kernel")
     parser.add_argument("--loss", choices=LOSSES, default="hkr")
     parser.add_argument("--alpha", type=float, default=50.0)
     parser.add_argument("--margin", type=float, default=0.5)

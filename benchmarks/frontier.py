@@ -5,7 +5,7 @@
 Results are JSON lines in `benchmarks/results/frontier.jsonl`, one a training run; without `--run` they are only shown.
 Both libraries train networks of the same sizes on the same data with the same batch size, epochs and schedule. The
 settings are the best found along each frontier: nine were tried for deel-lip, most for one epoch
-(`benchmarks/results/tuning.jsonl`), about twenty here; the optimizers are Adam there and `StiefelMuon` here.
+(`benchmarks/results/tuning.jsonl`), about forty here; the optimizers are Adam there and `StiefelMuon` here.
 """
 
 import argparse
@@ -41,10 +41,11 @@ SETTINGS = {
     "hkr_keras": [
         {"loss": loss, **values, "optimizer": "stiefel_muon", "rate": 0.02}
         for loss, values in (
-            ("crossentropy", {"temperature": 10.0, "margin": 0.5}),
-            ("crossentropy", {"temperature": 10.0, "margin": 0.7}),
-            ("log_sum_exp_hkr", {"alpha": 50.0, "margin": 0.5}),
-            ("hkr", {"alpha": 50.0, "margin": 0.55}),
+            ("crossentropy", {"temperature": 10.0, "margin": 0.5, "head": "orthonormal"}),
+            ("crossentropy", {"temperature": 10.0, "margin": 0.7, "head": "orthonormal"}),
+            ("log_sum_exp_hkr", {"alpha": 50.0, "margin": 0.5, "head": "unit_norm"}),
+            ("log_sum_exp_hkr", {"alpha": 50.0, "margin": 0.5, "head": "orthonormal"}),
+            ("hkr", {"alpha": 50.0, "margin": 0.55, "head": "unit_norm"}),
         )
     ],
     "deel-lip": [
@@ -73,7 +74,8 @@ def label(setting: dict) -> str:
     """The loss of a setting, under the name that its library gives it."""
     name = NAMES[setting["loss"]] if "optimizer" in setting else PEER_NAMES[setting["loss"]]
     keys = [key for key in ("alpha", "temperature", "margin") if key in setting]
-    return f"`{name}({', '.join(f'{setting[key]:g}' for key in keys)})`"
+    head = ", orthonormal head" if setting.get("head") == "orthonormal" else ""
+    return f"`{name}({', '.join(f'{setting[key]:g}' for key in keys)})`{head}"
 
 
 def summarise(results: list[dict], seeds) -> list[dict]:
@@ -109,7 +111,7 @@ def show(rows: list[dict]) -> None:
     for name in HEADINGS:
         table.add_column(name, justify="left" if name in ("library", "loss") else "right")
     for row in rows:
-        table.add_row(row["library"], label(row["setting"]).strip("`"), *cells(row))
+        table.add_row(row["library"], label(row["setting"]).replace("`", ""), *cells(row))
     Console(width=150).print(table)
 
 

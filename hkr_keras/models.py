@@ -1,20 +1,30 @@
-"""Small 1-Lipschitz architectures, as functions that return a `keras.Sequential`."""
+"""Small 1-Lipschitz architectures, as functions that return a `keras.Sequential`.
+
+Their heads have `UnitNorm`: outputs are 1-Lipschitz one by one. With `head_constraint=Orthonormal()` they are so
+together, and any two classes are equally far apart, which certifies more with losses of margins (`docs/results.md`).
+"""
 
 from collections.abc import Sequence
 
 import keras
 
 from hkr_keras import layers
-from hkr_keras.constraints import UnitNorm
+from hkr_keras.constraints import LipschitzConstraint, UnitNorm
 
 
-def lipschitz_mlp(input_shape: Sequence[int], classes: int, widths: Sequence[int] = (256, 128, 64)) -> keras.Sequential:
+def lipschitz_mlp(
+    input_shape: Sequence[int],
+    classes: int,
+    widths: Sequence[int] = (256, 128, 64),
+    head_constraint: LipschitzConstraint | None = None,
+) -> keras.Sequential:
     """Orthonormal Dense layers with GroupSort(2), and a head whose outputs are 1-Lipschitz one by one.
 
     Args:
         input_shape: of one input, without the batch; images are flattened.
         classes: number of outputs; 1 for a binary score.
         widths: of the hidden layers, even numbers.
+        head_constraint: of the last kernel, by default `UnitNorm()`.
 
     Returns:
         An uncompiled model with outputs `(batch, classes)`.
@@ -28,7 +38,7 @@ def lipschitz_mlp(input_shape: Sequence[int], classes: int, widths: Sequence[int
     for width in widths:
         model.add(layers.LipschitzDense(width))
         model.add(layers.GroupSort(2))
-    model.add(layers.LipschitzDense(classes, kernel_constraint=UnitNorm()))
+    model.add(layers.LipschitzDense(classes, kernel_constraint=head_constraint or UnitNorm()))
     return model
 
 
@@ -38,6 +48,7 @@ def lipschitz_cnn(
     filters: Sequence[int] = (16, 32),
     width: int = 64,
     orthogonal: bool = False,
+    head_constraint: LipschitzConstraint | None = None,
 ) -> keras.Sequential:
     """A LeNet-sized net: for each entry of `filters` two 3x3 convolutions and a pooling, a hidden layer and a head.
 
@@ -48,6 +59,7 @@ def lipschitz_cnn(
         width: of the hidden layer, even.
         orthogonal: `OrthogonalConv2D` and invertible down-sampling, which certify more and want sizes that 2
             divides for every entry of `filters`, in place of reshaped kernels and L2-norm pooling.
+        head_constraint: of the last kernel, by default `UnitNorm()`.
 
     Returns:
         An uncompiled model with outputs `(batch, classes)`.
@@ -67,7 +79,7 @@ def lipschitz_cnn(
     model.add(keras.layers.Flatten())
     model.add(layers.LipschitzDense(width))
     model.add(layers.GroupSort(2))
-    model.add(layers.LipschitzDense(classes, kernel_constraint=UnitNorm()))
+    model.add(layers.LipschitzDense(classes, kernel_constraint=head_constraint or UnitNorm()))
     return model
 
 
@@ -77,6 +89,7 @@ def lipschitz_resnet(
     channels: int = 32,
     blocks: Sequence[int] = (2, 3, 3),
     width: int = 64,
+    head_constraint: LipschitzConstraint | None = None,
 ) -> keras.Sequential:
     """A residual net of about a million parameters: SLL blocks, and invertible down-sampling between stages.
 
@@ -89,6 +102,7 @@ def lipschitz_resnet(
         channels: of the first stage, even.
         blocks: residual blocks of every stage.
         width: of the hidden layer, even.
+        head_constraint: of the last kernel, by default `UnitNorm()`.
 
     Returns:
         An uncompiled model with outputs `(batch, classes)`.
@@ -111,5 +125,5 @@ def lipschitz_resnet(
     model.add(keras.layers.Flatten())
     model.add(layers.LipschitzDense(width))
     model.add(layers.GroupSort(2))
-    model.add(layers.LipschitzDense(classes, kernel_constraint=UnitNorm()))
+    model.add(layers.LipschitzDense(classes, kernel_constraint=head_constraint or UnitNorm()))
     return model

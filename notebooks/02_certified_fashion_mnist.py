@@ -190,7 +190,7 @@ for library, label, color in (
     groups = {}
     for run in runs:
         if run["library"].startswith(library):
-            setting = tuple(run[key] for key in ("loss", "alpha", "margin", "temperature", "rate"))
+            setting = tuple(run.get(key) for key in ("loss", "alpha", "margin", "temperature", "rate", "head"))
             groups.setdefault(setting, []).append(run)
     for ax, epsilon in zip(axes, ("0.141", "0.25", "0.5", "1"), strict=True):
         clean, certified = (

@@ -28,6 +28,7 @@ import hkr_keras as hkr
 OPTIONS = {
     "dataset": "digits",
     "model": "mlp",
+    "head": "unit_norm",
     "loss": "hkr",
     "alpha": 50.0,
     "margin": 0.5,
@@ -131,6 +132,7 @@ def test_the_table_of_the_readme_is_that_of_the_results():
     assert frontier.markdown(rows) in (frontier.HERE.parent / "docs" / "results.md").read_text()
 
 
+@pytest.mark.skipif(keras.backend.backend() == "jax", reason="the frontier is trained with TensorFlow")
 def test_frontier_runs_what_is_missing(tmp_path, monkeypatch):
     results = tmp_path / "results.jsonl"
     setting = {"dataset": "digits", "model": "mlp", "loss": "crossentropy", "temperature": 5.0, "epochs": 1}

@@ -91,6 +91,7 @@ LINEAR = [
 ]
 
 
+@pytest.mark.many
 @pytest.mark.parametrize(("layer", "shape", "slack"), LINEAR, ids=lambda value: getattr(value, "name", None))
 def test_linear_layers(layer, shape, slack):
     layer(np.zeros((1, *shape), "float32"))

@@ -98,6 +98,7 @@ def built(cls, arguments, shape, **kwargs):
     return layer
 
 
+@pytest.mark.many
 @pytest.mark.parametrize(("cls", "arguments", "shape", "learning_rate"), CASES)
 def test_norm_is_at_most_one_and_the_bound_is_above_it(cls, arguments, shape, learning_rate):
     layer = built(cls, arguments, shape)
@@ -145,6 +146,7 @@ CHANNELS_FIRST = {
 }
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("name", CHANNELS_FIRST[BACKEND] or ["Dense"])
 def test_channels_first(name):
     rank = next((int(c) for c in name if c.isdigit()), 0)

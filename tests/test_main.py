@@ -41,6 +41,7 @@ def test_moons_demo_draws_the_field(tmp_path):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("loss", ["soft_hkr", "log_sum_exp_hkr", "crossentropy", "kr", "hinge"])
 def test_losses_of_the_demo(loss, tmp_path):
     result = demo("digits", epochs=1, loss=loss, seed=1, output=tmp_path, verbose=0)

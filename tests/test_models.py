@@ -28,6 +28,22 @@ def test_every_output_is_one_lipschitz_before_and_after_training(name):
         model.fit(x, y, epochs=1, batch_size=16, verbose=0, callbacks=[hkr.callbacks.Orthonormalize()])
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda head: models.lipschitz_mlp((8, 8, 1), 3, (16, 8), head_constraint=head),
+        lambda head: models.lipschitz_cnn((8, 8, 1), 3, (4, 4), 8, orthogonal=True, head_constraint=head),
+        lambda head: models.lipschitz_resnet((8, 8, 1), 3, 4, (1, 1), 8, head_constraint=head),
+    ],
+)
+def test_an_orthonormal_head_makes_the_net_one_lipschitz_and_classes_equally_far_apart(make):
+    model = make(hkr.constraints.Orthonormal())
+    assert hkr.lipschitz_bound(model) <= 1 + 2e-6  # five or six layers of 1 + 4e-7
+    kernel = keras.ops.convert_to_numpy(model.layers[-1].kernel)
+    distances = np.linalg.norm(kernel[:, :, None] - kernel[:, None, :], axis=0)
+    np.testing.assert_allclose(distances, np.sqrt(2) * (1 - np.eye(3)), atol=1e-6)
+
+
 @pytest.mark.parametrize("name", SMALL)
 def test_storage(name, tmp_path):
     model, x = SMALL[name](), normal((4, 8, 8, 1))

@@ -171,6 +171,7 @@ KINDS = {
 }
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("pool", "strides", "padding", "size"), POOLS)
 def test_pooling(kind, pool, strides, padding, size):

@@ -75,6 +75,7 @@ def points(shape, batch=24):
     return x
 
 
+@pytest.mark.many
 @pytest.mark.parametrize(("layer", "shape"), LAYERS, ids=lambda value: getattr(value, "name", None))
 def test_rounding_of_a_layer_is_covered(layer, shape):
     """At the centre, and at other points by the slope; the bound is of the right order where there is an error."""

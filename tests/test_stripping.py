@@ -62,6 +62,7 @@ def randomize(model, seed=0):
             weight.assign(rng.normal(size=weight.shape))
 
 
+@pytest.mark.many
 @pytest.mark.parametrize(
     ("layer", "shape"), [pytest.param(*c, id=f"{type(c[0]).__name__}-{i}") for i, c in enumerate(_cases())]
 )
