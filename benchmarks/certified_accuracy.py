@@ -29,6 +29,7 @@ import hkr_keras as hkr
 EPSILONS = (36 / 255, 0.25, 0.5, 1.0)
 MODELS = {
     "mlp": hkr.models.lipschitz_mlp,
+    "mlp_wide": functools.partial(hkr.models.lipschitz_mlp, widths=(1024, 256)),
     "cnn": hkr.models.lipschitz_cnn,
     "cnn_orthogonal": functools.partial(hkr.models.lipschitz_cnn, orthogonal=True),
     "cnn_wide": functools.partial(hkr.models.lipschitz_cnn, filters=(32, 64), width=256, orthogonal=True),
@@ -60,12 +61,26 @@ def shifted(x, pixels: int, rng):
     return np.stack([p[i : i + x.shape[1], j : j + x.shape[2]] for p, (i, j) in zip(padded, moves, strict=True)])
 
 
-class Augmented(keras.utils.PyDataset):
-    """Batches in random order, mirrored and moved by chance."""
+def blended(x, most: float, rng):
+    """Images moved by a part of a pixel: mixed with up to `most` of themselves one pixel aside, in eight directions."""
+    moves = [(i, j) for i in (-1, 0, 1) for j in (-1, 0, 1) if i or j]
+    moved = np.stack(
+        [np.roll(image, moves[k], (0, 1)) for image, k in zip(x, rng.integers(8, size=len(x)), strict=True)]
+    )
+    return x + (most * rng.random((len(x), 1, 1, 1))).astype(x.dtype) * (moved - x)
 
-    def __init__(self, x, y, batch_size: int, flip: bool, shift: int, seed: int):
+
+def contrasted(x, most: float, rng):
+    """Images times a random factor between `1 - most` and `1 + most`."""
+    return x * rng.uniform(1 - most, 1 + most, (len(x), 1, 1, 1)).astype(x.dtype)
+
+
+class Augmented(keras.utils.PyDataset):
+    """Batches in random order; `changes` are functions of images and a random generator, applied in turn."""
+
+    def __init__(self, x, y, batch_size: int, changes, seed: int):
         super().__init__()
-        self.x, self.y, self.batch_size, self.flip, self.shift = x, y, batch_size, flip, shift
+        self.x, self.y, self.batch_size, self.changes = x, y, batch_size, changes
         self.rng = np.random.default_rng(seed)
         self.on_epoch_end()
 
@@ -75,11 +90,21 @@ class Augmented(keras.utils.PyDataset):
     def __getitem__(self, index):
         rows = self.order[index * self.batch_size : (index + 1) * self.batch_size]
         x = self.x[rows]
-        x = flipped(x, self.rng) if self.flip else x
-        return (shifted(x, self.shift, self.rng) if self.shift else x), self.y[rows]
+        for change in self.changes:
+            x = change(x, self.rng)
+        return x, self.y[rows]
 
     def on_epoch_end(self):
         self.order = self.rng.permutation(len(self.x))
+
+
+def changes(options) -> list:
+    """The augmentations that the options ask for."""
+    found = [flipped] if options.flip else []
+    for change, most in ((shifted, options.shift), (blended, options.blend), (contrasted, options.contrast)):
+        if most:
+            found.append(lambda x, rng, change=change, most=most: change(x, most, rng))
+    return found
 
 
 def attacked_accuracy(model, certificate, data, count: int, steps: int) -> dict[str, float]:
@@ -112,7 +137,7 @@ def run(options) -> dict:
         options.rate / 20, steps, warmup_target=options.rate, warmup_steps=max(1, steps // 20)
     )
     model.compile(OPTIMIZERS[options.optimizer](schedule), loss=LOSSES[options.loss](options))
-    batches = Augmented(data.x_train, data.y_train, options.batch, options.flip, options.shift, options.seed)
+    batches = Augmented(data.x_train, data.y_train, options.batch, changes(options), options.seed)
     start, start_cpu = time.perf_counter(), time.process_time()
     model.fit(batches, epochs=options.epochs, verbose=options.verbose, callbacks=[hkr.callbacks.Orthonormalize()])
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - start_cpu
@@ -188,6 +213,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--flip", action="store_true", help="mirror images by chance")
     parser.add_argument("--shift", type=int, default=0, help="move images by up to this many pixels")
+    parser.add_argument("--blend", type=float, default=0.0, help="move images by up to this part of a pixel")
+    parser.add_argument("--contrast", type=float, default=0.0, help="scale images by up to 1 -+ this")
     parser.add_argument("--train", type=int, help="use the first training inputs only")
     parser.add_argument("--attack", type=int, default=0, help="attack this many test inputs with foolbox")
     parser.add_argument("--verbose", default=2, type=int)

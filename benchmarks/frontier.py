@@ -1,11 +1,11 @@
 """Clean against certified accuracy on Fashion-MNIST, here and with deel-lip: runs what is missing, table, picture.
 
-    KERAS_BACKEND=tensorflow python benchmarks/frontier.py [--run] [--libraries hkr_keras deel-lip] [--seeds 0 1 2]
+    KERAS_BACKEND=tensorflow python benchmarks/frontier.py [--run] [--network cnn] [--libraries hkr_keras deel-lip]
 
 Results are JSON lines in `benchmarks/results/frontier.jsonl`, one a training run; without `--run` they are only shown.
 Both libraries train networks of the same sizes on the same data with the same batch size, epochs and schedule. The
-settings are the best found along each frontier: nine were tried for deel-lip, most for one epoch
-(`benchmarks/results/tuning.jsonl`), about forty here; the optimizers are Adam there and `StiefelMuon` here.
+settings are the best found along each frontier: 25 were tried for deel-lip, most for one epoch
+(`benchmarks/results/tuning.jsonl`), about seventy here; the optimizers are Adam there and `StiefelMuon` here.
 """
 
 import argparse
@@ -22,7 +22,6 @@ import hkr_keras as hkr
 
 HERE = pathlib.Path(__file__).parent
 RESULTS = HERE / "results" / "frontier.jsonl"
-IMAGE = HERE.parent / "docs" / "images" / "frontier.png"
 EPSILONS = (36 / 255, 0.25, 0.5, 1.0)
 COLUMNS = ("clean", *(f"certified_{epsilon:.3g}" for epsilon in EPSILONS), "mean_radius")
 HEADINGS = (
@@ -37,26 +36,44 @@ PEER_NAMES = {
     "categorical_hinge": "CategoricalHinge",
 }
 LINES = (("hkr_keras", "hkr_keras, proven", "#1f5fa8"), ("deel-lip", "deel-lip 1.5.0, own claim (unsound)", "#d9622b"))
+
+
+def ours(model: str, loss: str, **values) -> dict:
+    """Options of `certified_accuracy.py`."""
+    return {"model": model, "loss": loss, **values, "optimizer": "stiefel_muon", "rate": 0.02}
+
+
+def theirs(model: str, loss: str, **values) -> dict:
+    """Options of `peers.py`."""
+    return {"model": model, "loss": loss, **values, "rate": 3e-3}
+
+
 SETTINGS = {
-    "hkr_keras": [
-        {"loss": loss, **values, "optimizer": "stiefel_muon", "rate": 0.02}
-        for loss, values in (
-            ("crossentropy", {"temperature": 10.0, "margin": 0.5, "head": "orthonormal"}),
-            ("crossentropy", {"temperature": 10.0, "margin": 0.7, "head": "orthonormal"}),
-            ("log_sum_exp_hkr", {"alpha": 50.0, "margin": 0.5, "head": "unit_norm"}),
-            ("log_sum_exp_hkr", {"alpha": 50.0, "margin": 0.5, "head": "orthonormal"}),
-            ("hkr", {"alpha": 50.0, "margin": 0.55, "head": "unit_norm"}),
-        )
-    ],
-    "deel-lip": [
-        {"loss": loss, **values, "pooling": "invertible", "rate": 3e-3}
-        for loss, values in (
-            ("categorical_hinge", {"margin": 0.3}),
-            ("categorical_hinge", {"margin": 0.6}),
-            ("categorical_hinge", {"margin": 1.2}),
-            ("hkr", {"alpha": 50.0, "margin": 1.0}),
-        )
-    ],
+    "cnn": {
+        "hkr_keras": [
+            ours("cnn_orthogonal", "crossentropy", temperature=10.0, margin=0.5, head="orthonormal"),
+            ours("cnn_orthogonal", "crossentropy", temperature=10.0, margin=0.7, head="orthonormal"),
+            ours("cnn_orthogonal", "log_sum_exp_hkr", alpha=50.0, margin=0.5, head="unit_norm"),
+            ours("cnn_orthogonal", "log_sum_exp_hkr", alpha=50.0, margin=0.5, head="orthonormal"),
+            ours("cnn_orthogonal", "hkr", alpha=50.0, margin=0.55, head="unit_norm"),
+        ],
+        "deel-lip": [
+            theirs("cnn", "categorical_hinge", margin=0.3, pooling="invertible", head="orthonormal"),
+            theirs("cnn", "categorical_hinge", margin=0.6, pooling="invertible", head="orthonormal"),
+            theirs("cnn", "categorical_hinge", margin=0.85, pooling="invertible", head="orthonormal"),
+            theirs("cnn", "hkr", alpha=50.0, margin=1.0, pooling="invertible", head="orthonormal"),
+        ],
+    },
+    "mlp": {
+        "hkr_keras": [
+            ours("mlp", "crossentropy", temperature=10.0, margin=0.7, head="orthonormal"),
+            ours("mlp", "crossentropy", temperature=10.0, margin=1.0, head="orthonormal"),
+        ],
+        "deel-lip": [
+            theirs("mlp", "categorical_hinge", margin=0.6, head="orthonormal"),
+            theirs("mlp", "categorical_hinge", margin=0.85, head="orthonormal"),
+        ],
+    },
 }
 
 
@@ -78,10 +95,10 @@ def label(setting: dict) -> str:
     return f"`{name}({', '.join(f'{setting[key]:g}' for key in keys)})`{head}"
 
 
-def summarise(results: list[dict], seeds) -> list[dict]:
+def summarise(results: list[dict], seeds, network: str = "cnn") -> list[dict]:
     """For every setting that has results, `{"library", "setting", "runs"}`: a run for each seed."""
     rows = []
-    for name, settings in SETTINGS.items():
+    for name, settings in SETTINGS[network].items():
         for setting in settings:
             runs = [next((r for r in results if matches(r, name, setting, seed)), None) for seed in seeds]
             if any(runs):
@@ -149,25 +166,27 @@ def main() -> None:
     """Runs what is missing, prints the table, draws the picture."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", action="store_true", help="train what is missing in the results")
-    parser.add_argument("--libraries", nargs="+", choices=SETTINGS, default=list(SETTINGS))
+    parser.add_argument("--network", choices=SETTINGS, default="cnn")
+    parser.add_argument("--libraries", nargs="+", choices=SCRIPTS, default=list(SCRIPTS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--results", type=pathlib.Path, default=RESULTS)
     parser.add_argument("--markdown", action="store_true", help="print the table of the README too")
-    parser.add_argument("--image", type=pathlib.Path, default=IMAGE)
+    parser.add_argument("--image", type=pathlib.Path, help="draw the picture into this file")
     options = parser.parse_args()
     results = read(options.results)
     if options.run:
         for seed in options.seeds:
             for name in options.libraries:
-                for setting in SETTINGS[name]:
+                for setting in SETTINGS[options.network][name]:
                     if not any(matches(result, name, setting, seed) for result in results):
                         train(name, setting, seed, options.results)
         results = read(options.results)
-    rows = summarise([r for r in results if library(r) in options.libraries], options.seeds)
+    rows = summarise([r for r in results if library(r) in options.libraries], options.seeds, options.network)
     show(rows)
     if options.markdown:
         print(markdown(rows))
-    draw(rows, options.image)
+    if options.image:
+        draw(rows, options.image)
 
 
 def read(path: pathlib.Path) -> list[dict]:

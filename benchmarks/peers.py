@@ -63,19 +63,22 @@ def interpreter(peer: str = "deel-lip") -> pathlib.Path:
     return python
 
 
-def network(pooling: str = "l2_norm", head: str = "unit_norm"):
-    """16, 16, pool, 32, 32, pool, 64, 10 on 28 x 28, from the layers of deel-lip."""
+def network(pooling: str = "l2_norm", head: str = "unit_norm", model_name: str = "cnn"):
+    """16, 16, pool, 32, 32, pool, 64, 10, or 256, 128, 64, 10, on 28 x 28, from the layers of deel-lip."""
     from deel.lip import layers, model
     from tensorflow.keras.layers import Flatten, Input
 
     pool = {"l2_norm": layers.ScaledL2NormPooling2D, "invertible": layers.InvertibleDownSampling}[pooling]
     dense = {"unit_norm": layers.FrobeniusDense, "orthonormal": layers.SpectralDense}[head]
     parts = [Input((28, 28, 1))]
-    for filters in (16, 32):
+    for filters in (16, 32) if model_name == "cnn" else ():
         for _ in range(2):
             parts += [layers.SpectralConv2D(filters, 3, padding="same"), layers.GroupSort2()]
         parts.append(pool((2, 2)))
-    return model.Sequential([*parts, Flatten(), layers.SpectralDense(64), layers.GroupSort2(), dense(10)])
+    parts.append(Flatten())
+    for width in (64,) if model_name == "cnn" else (256, 128, 64):
+        parts += [layers.SpectralDense(width), layers.GroupSort2()]
+    return model.Sequential([*parts, dense(10)])
 
 
 def claimed(logits: np.ndarray, labels: np.ndarray, head: str = "unit_norm") -> dict[str, float]:
@@ -118,7 +121,7 @@ def train(options) -> dict:
     schedule = tf.keras.optimizers.schedules.CosineDecay(
         options.rate / 20, steps, warmup_target=options.rate, warmup_steps=max(1, steps // 20)
     )
-    model = network(options.pooling, options.head)
+    model = network(options.pooling, options.head, options.model)
     model.compile(tf.keras.optimizers.Adam(schedule), loss=LOSSES[options.loss](losses, options))
     batches = tf.data.Dataset.from_tensor_slices((x_train, tf.one_hot(y_train, 10)))
     batches = batches.shuffle(len(x_train), seed=options.seed).batch(options.batch, drop_remainder=True).prefetch(2)
@@ -128,7 +131,6 @@ def train(options) -> dict:
     return {
         "library": "deel-lip 1.5.0",
         "dataset": "fashion_mnist",
-        "model": "cnn",
         **{name: value for name, value in vars(options).items() if name in SETTING},
         "machine": f"{os.cpu_count()} x {platform.machine()}",
         "versions": f"TensorFlow {tf.__version__}, Python {platform.python_version()}",
@@ -139,7 +141,7 @@ def train(options) -> dict:
     }
 
 
-SETTING = ("loss", "alpha", "margin", "temperature", "epochs", "batch", "rate", "seed", "pooling", "head")
+SETTING = ("model", "loss", "alpha", "margin", "temperature", "epochs", "batch", "rate", "seed", "pooling", "head")
 
 
 # ---- the time of a step -------------------------------------------------------------------------------------
@@ -285,6 +287,7 @@ def show_steps(options) -> None:
 def main() -> None:
     """Trains the peer once, or times both libraries."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=("cnn", "mlp"), default="cnn")
     parser.add_argument("--loss", choices=LOSSES, default="hkr")
     parser.add_argument("--alpha", type=float, default=50.0)
     parser.add_argument("--margin", type=float, default=1.0, help="deel-lip's min_margin")

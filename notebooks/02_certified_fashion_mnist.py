@@ -171,7 +171,7 @@ plt.show()
 # ## Another library
 #
 # The benchmark `frontier.py` tunes and trains deel-lip 1.5.0 and this package on the same data, with networks of
-# the same sizes, four epochs and three seeds for every setting. These are its stored results. One side proves
+# the same sizes, four epochs and up to three seeds for every setting. These are its stored results. One side proves
 # its radii from the stored weights; the other claims them, and its padded convolutions have norms above 1 that the
 # claim leaves out.
 
@@ -189,7 +189,7 @@ for library, label, color in (
 ):
     groups = {}
     for run in runs:
-        if run["library"].startswith(library):
+        if run["library"].startswith(library) and run["model"] != "mlp":
             setting = tuple(run.get(key) for key in ("loss", "alpha", "margin", "temperature", "rate", "head"))
             groups.setdefault(setting, []).append(run)
     for ax, epsilon in zip(axes, ("0.141", "0.25", "0.5", "1"), strict=True):

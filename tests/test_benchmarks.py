@@ -40,6 +40,8 @@ OPTIONS = {
     "seed": 0,
     "flip": False,
     "shift": 0,
+    "blend": 0.0,
+    "contrast": 0.0,
     "train": None,
     "attack": 0,
     "verbose": 0,
@@ -59,7 +61,7 @@ def test_certified_accuracy(tmp_path, monkeypatch, capsys):
 
 
 def test_attacked_accuracy_lies_between():
-    options = argparse.Namespace(**{**OPTIONS, "attack": 8, "shift": 1, "flip": True})
+    options = argparse.Namespace(**{**OPTIONS, "attack": 8, "shift": 1, "flip": True, "blend": 0.5, "contrast": 0.2})
     result = certified_accuracy.run(options)
     for epsilon in ("0.141", "0.25", "0.5", "1"):
         assert 0 <= result[f"attacked_{epsilon}"] <= 1
@@ -74,6 +76,13 @@ def test_augmentation_moves_and_mirrors():
     moved = certified_accuracy.shifted(x, 1, rng)
     assert moved.shape == x.shape
     assert set(np.argwhere(moved[..., 0])[:, 1].tolist()) == {1, 2, 3}
+    blended = certified_accuracy.blended(x, 0.5, rng)
+    assert blended.dtype == x.dtype
+    np.testing.assert_allclose(blended.sum((1, 2, 3)), 1, rtol=1e-6)
+    assert np.all(blended[:, 2, 1, 0] >= 0.5)
+    assert len({tuple(place) for place in np.argwhere(blended[..., 0])[:, 1:].tolist()}) == 9
+    factors = certified_accuracy.contrasted(x, 0.2, rng)[:, 2, 1, 0]
+    assert 0.8 <= factors.min() < 0.9 < 1.1 < factors.max() <= 1.2
 
 
 @pytest.mark.parametrize("name", ["cnn", "lenet"])
@@ -109,10 +118,11 @@ def test_the_peer_needs_an_old_python(tmp_path, monkeypatch):
     assert not (tmp_path / "peers").exists()
 
 
-def test_frontier_of_stored_results(tmp_path, capsys):
+@pytest.mark.parametrize("network", frontier.SETTINGS)
+def test_frontier_of_stored_results(network, tmp_path, capsys):
     results = frontier.read(frontier.RESULTS)
-    rows = frontier.summarise(results, seeds=(0, 1, 2))
-    assert {row["library"] for row in rows} == set(frontier.SETTINGS)
+    rows = frontier.summarise(results, (0, 1, 2), network)
+    assert {row["library"] for row in rows} == set(frontier.SETTINGS[network])
     for row in rows:
         assert 1 <= len(row["runs"]) <= 3
         for run in row["runs"]:
@@ -127,8 +137,9 @@ def test_frontier_of_stored_results(tmp_path, capsys):
     assert "deel-lip" in capsys.readouterr().out
 
 
-def test_the_table_of_the_readme_is_that_of_the_results():
-    rows = frontier.summarise(frontier.read(frontier.RESULTS), seeds=(0, 1, 2))
+@pytest.mark.parametrize("network", frontier.SETTINGS)
+def test_the_tables_of_the_documentation_are_those_of_the_results(network):
+    rows = frontier.summarise(frontier.read(frontier.RESULTS), (0, 1, 2), network)
     assert frontier.markdown(rows) in (frontier.HERE.parent / "docs" / "results.md").read_text()
 
 
