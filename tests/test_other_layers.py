@@ -195,6 +195,18 @@ def test_pooling(kind, pool, strides, padding, size):
     assert hkr.lipschitz_bound(layer) == 1.0
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_pooling_of_inputs_of_unknown_size(kind):
+    layer = KINDS[kind][1]((2, 3), strides=(1, 2), padding="same")
+    inputs = keras.Input((None, None, 2))
+    model = keras.Model(inputs, layer(inputs))
+    assert model.output_shape == (None, None, None, 2)
+    for size in ((5, 4), (1, 7)):
+        x = normal((3, *size, 2))
+        np.testing.assert_allclose(model.predict(x, verbose=0), to_numpy(layer(x)), atol=1e-6)
+        assert layer(x).shape == (3, size[0], -(-size[1] // 2), 2)
+
+
 @pytest.mark.parametrize(
     ("layer", "shape"),
     [

@@ -54,6 +54,25 @@ def block_convolution(kernel: Tensor, projection: Tensor, axis: int, flipped: bo
     return ops.pad(kept, after) + ops.pad(moved, before)
 
 
+def dilated(kernel: Tensor, rates: Sequence[int]) -> Tensor:
+    """A kernel `(*window, ...)` with zeros between its taps: dilation written out.
+
+    Example:
+
+    >>> ops.convert_to_numpy(dilated(ops.array([1.0, 2.0]), (3,))).tolist()
+    [1.0, 0.0, 0.0, 2.0]
+    """
+    for axis, rate in enumerate(rates):
+        if rate > 1:
+            shape = tuple(kernel.shape)
+            gaps = [(0, 0)] * (len(shape) + 1)
+            gaps[axis + 1] = (0, rate - 1)
+            kernel = ops.pad(ops.expand_dims(kernel, axis + 1), gaps)
+            kernel = ops.reshape(kernel, (*shape[:axis], shape[axis] * rate, *shape[axis + 1 :]))
+            kernel = kernel[(*(slice(None),) * axis, slice(shape[axis] * rate - rate + 1))]
+    return kernel
+
+
 def orthogonal_kernel(mixing: Tensor, bases: Tensor | None, window: Sequence[int], inputs: int, groups: int = 1):
     """The kernel of an orthogonal convolution, composed of orthonormal factors.
 
@@ -291,8 +310,9 @@ class _OrthogonalConvTranspose(_OrthogonalConvolution):
         shape = inputs.shape
         if self.circular:
             inputs = self.continued(inputs)
+        kernel = dilated(kernel, self.dilation_rate)  # TensorFlow has no transposed convolution with gaps on most CPUs
         outputs = ops.conv_transpose(
-            inputs, kernel, list(self.strides), self.padding, self.output_padding, self.data_format, self.dilation_rate
+            inputs, kernel, list(self.strides), self.padding, self.output_padding, self.data_format
         )
         return self.cut(outputs, shape) if self.circular else outputs
 

@@ -33,11 +33,20 @@ class _WindowPooling:
 
     def _mean(self, inputs):
         """Means over windows, with zeros outside the input (Keras divides by the cells inside it instead)."""
-        if self.padding == "valid":
-            return ops.average_pool(inputs, self.pool_size, self.strides, self.padding, self.data_format)
-        channels = inputs.shape[-1 if self.data_format == "channels_last" else 1]
-        window = ops.full((*self.pool_size, channels, 1), 1.0 / math.prod(self.pool_size), dtype=inputs.dtype)
-        return ops.depthwise_conv(inputs, window, self.strides, self.padding, self.data_format)
+        if self.padding == "same":
+            inputs = ops.pad(inputs, self._border(ops.shape(inputs)))
+        return ops.average_pool(inputs, self.pool_size, self.strides, "valid", self.data_format)
+
+    def _border(self, shape) -> list:
+        """Cells to add before and after every axis of an input, for outputs of `ceil(size / strides)`."""
+        first = 1 if self.data_format == "channels_last" else 2
+        widths = [(0, 0) for _ in shape]
+        for axis, (k, s) in enumerate(zip(self.pool_size, self.strides, strict=True), first):
+            size = shape[axis]  # a number, or a tensor where it is unknown before the call
+            missing = (-(-size // s) - 1) * s + k - size
+            missing = max(missing, 0) if isinstance(missing, int) else ops.maximum(missing, 0)
+            widths[axis] = (missing // 2, missing - missing // 2)
+        return widths
 
 
 class _ScaledAverage(_WindowPooling):
