@@ -14,7 +14,7 @@ import hkr_keras as hkr
 from hkr_keras import spectra
 
 K = keras.layers
-CONFIGURATIONS = 48 if BACKEND == "jax" else 312  # JAX compiles every one of them
+CONFIGURATIONS = 24 if BACKEND == "jax" else 312  # JAX compiles every one of them
 KINDS = ("Dense", "Conv1D", "Conv2D", "Conv2D", "Conv3D", "Conv1DTranspose", "Conv2DTranspose", "Conv3DTranspose")
 KINDS += ("DepthwiseConv1D", "DepthwiseConv2D", "SeparableConv1D", "SeparableConv2D")
 
