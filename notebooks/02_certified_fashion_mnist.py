@@ -171,7 +171,7 @@ plt.show()
 # ## Another library
 #
 # The benchmark `frontier.py` tunes and trains deel-lip 1.5.0 and this package on the same data, with networks of
-# the same sizes, four epochs and up to three seeds for every setting. These are its stored results. One side proves
+# the same sizes, four epochs and three seeds for every setting. These are its stored results. One side proves
 # its radii from the stored weights; the other claims them, and its padded convolutions have norms above 1 that the
 # claim leaves out.
 
