@@ -74,7 +74,7 @@ def measure(name: str, rounds: int) -> dict:
     before = peak_memory()
     seconds = np.inf
     for _ in range(rounds):
-        hkr.spectra._RESULTS.clear()
+        hkr.singular_values._RESULTS.clear()
         start = time.perf_counter()
         bound = hkr.lipschitz_bound(model)
         seconds = min(seconds, time.perf_counter() - start)

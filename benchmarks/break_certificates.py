@@ -34,8 +34,8 @@ from rich.console import Console
 from rich.table import Table
 
 import hkr_keras as hkr
+from hkr_keras._backends.gradients import as_function
 from hkr_keras.attacks import art_classifier, foolbox_model
-from hkr_keras.gradients import as_function
 from hkr_keras.margins import two_logits
 
 BACKEND = keras.backend.backend()

@@ -2,17 +2,13 @@
 
 from hkr_keras import (
     attacks,
-    bounds,
     callbacks,
-    certificates,
     constraints,
     conversion,
     datasets,
-    evaluation,
     explanations,
     exporting,
     geometry,
-    gradients,
     layers,
     linalg,
     losses,
@@ -22,17 +18,16 @@ from hkr_keras import (
     oneclass,
     optimizers,
     plotting,
-    replicas,
-    rounding,
-    spectra,
     transport,
 )
+from hkr_keras._backends import gradients, replicas
 from hkr_keras._version import __version__
-from hkr_keras.bounds import lipschitz_bound
-from hkr_keras.certificates import Certificate, certify, certify_outputs, certify_top_k
+from hkr_keras.certification import bounds, certificates, evaluation, rounding, singular_values
+from hkr_keras.certification.bounds import lipschitz_bound
+from hkr_keras.certification.certificates import Certificate, certify, certify_outputs, certify_top_k
+from hkr_keras.certification.summary import lipschitz_summary
 from hkr_keras.conversion import constrain, to_keras, to_lipschitz
 from hkr_keras.exporting import export
-from hkr_keras.summary import lipschitz_summary
 
 __all__ = [
     "Certificate",
@@ -67,7 +62,7 @@ __all__ = [
     "plotting",
     "replicas",
     "rounding",
-    "spectra",
+    "singular_values",
     "to_keras",
     "to_lipschitz",
     "transport",

@@ -12,8 +12,8 @@ import numpy as np
 from keras import ops
 
 from hkr_keras import margins
-from hkr_keras.certificates import Certificate, certify
-from hkr_keras.gradients import as_function, first_change
+from hkr_keras._backends.gradients import as_function, first_change
+from hkr_keras.certification.certificates import Certificate, certify
 
 ROUNDING = 1e-5  # of |x| + radius: how far from its boundary a float32 network may change its prediction
 LEAD = 15.0  # largest one of a prediction over its rivals, in the logits that attacks see: beyond, softmax is flat

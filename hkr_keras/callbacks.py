@@ -5,11 +5,11 @@ from collections.abc import Callable, Iterable
 import keras
 
 from hkr_keras import constraints
-from hkr_keras._registry import export
-from hkr_keras.bounds import lipschitz_bound
-from hkr_keras.certificates import certify
+from hkr_keras._registration import export
+from hkr_keras.certification.bounds import lipschitz_bound
+from hkr_keras.certification.certificates import certify
+from hkr_keras.certification.singular_values import kernel_spectrum
 from hkr_keras.geometry import kernel_geometries
-from hkr_keras.spectra import kernel_spectrum
 
 
 @export

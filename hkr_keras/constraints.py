@@ -8,8 +8,8 @@ import keras
 from keras import ops
 
 from hkr_keras import linalg
-from hkr_keras._registry import export
-from hkr_keras.compiling import compiled
+from hkr_keras._backends.compiling import compiled
+from hkr_keras._registration import export
 from hkr_keras.geometry import Geometry, model_kernels
 
 Tensor = Any

@@ -7,7 +7,7 @@ input along it shows what the network takes for evidence. On ordinary networks t
 import numpy as np
 
 from hkr_keras import margins
-from hkr_keras.gradients import first_change, in_batches, input_gradient
+from hkr_keras._backends.gradients import first_change, in_batches, input_gradient
 
 
 def saliency(model, x, target=None, batch_size: int = 128) -> np.ndarray:

@@ -12,7 +12,7 @@ import keras
 from keras import ops
 
 from hkr_keras import margins
-from hkr_keras._registry import export
+from hkr_keras._registration import export
 
 Tensor = Any
 

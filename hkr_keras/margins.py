@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from keras import ops
 
-from hkr_keras import replicas
+from hkr_keras._backends import replicas
 
 Tensor = Any
 

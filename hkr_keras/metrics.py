@@ -4,7 +4,7 @@ import keras
 from keras import ops
 
 from hkr_keras import margins
-from hkr_keras._registry import export
+from hkr_keras._registration import export
 
 
 @export

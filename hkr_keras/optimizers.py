@@ -4,7 +4,7 @@ import keras
 from keras import ops
 
 from hkr_keras import constraints, linalg
-from hkr_keras._registry import export
+from hkr_keras._registration import export
 from hkr_keras.geometry import Geometry
 
 

@@ -6,9 +6,9 @@ returns the axes.
 
 import numpy as np
 
-from hkr_keras.certificates import Certificate, certify
+from hkr_keras.certification.certificates import Certificate, certify
+from hkr_keras.certification.singular_values import kernel_spectrum
 from hkr_keras.geometry import kernel_geometries
-from hkr_keras.spectra import kernel_spectrum
 
 _INK, _BLUE, _ORANGE = "#222222", "#1f5fa8", "#d9622b"
 

@@ -24,7 +24,7 @@ except ImportError as error:
 
 from hkr_keras import losses, margins, models
 from hkr_keras.callbacks import Orthonormalize
-from hkr_keras.certificates import Certificate, certify
+from hkr_keras.certification.certificates import Certificate, certify
 
 _default_model = functools.partial(models.lipschitz_mlp, widths=(64, 64))
 

@@ -1,6 +1,7 @@
 """Layers with a Lipschitz constant of at most 1."""
 
 from hkr_keras.layers.activations import FullSort, GroupSort, Householder, MaxMin
+from hkr_keras.layers.almost_orthogonal import AOLConv2D, AOLDense, SLLConv2D, SLLDense
 from hkr_keras.layers.base import LipschitzLayer
 from hkr_keras.layers.kernels import (
     LipschitzConv1D,
@@ -36,7 +37,6 @@ from hkr_keras.layers.pooling import (
     ScaledGlobalAveragePooling2D,
 )
 from hkr_keras.layers.recurrent import LipschitzSimpleRNN
-from hkr_keras.layers.rescaled import AOLConv2D, AOLDense, SLLConv2D, SLLDense
 
 __all__ = [
     "AOLConv2D",

@@ -7,7 +7,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from hkr_keras._registry import export
+from hkr_keras._registration import export
 
 Tensor = Any
 

@@ -2,7 +2,7 @@
 
 import keras
 
-from hkr_keras._registry import export
+from hkr_keras._registration import export
 from hkr_keras.layers.base import LipschitzLayer
 
 

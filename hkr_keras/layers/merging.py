@@ -5,7 +5,7 @@ import math
 import keras
 from keras import ops
 
-from hkr_keras._registry import export
+from hkr_keras._registration import export
 
 
 @export

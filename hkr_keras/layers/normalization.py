@@ -3,7 +3,7 @@
 import keras
 from keras import ops
 
-from hkr_keras._registry import export
+from hkr_keras._registration import export
 
 
 @export

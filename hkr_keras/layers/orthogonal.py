@@ -10,7 +10,7 @@ import keras
 from keras import ops
 
 from hkr_keras import constraints
-from hkr_keras._registry import export
+from hkr_keras._registration import export
 from hkr_keras.geometry import Geometry, weight_geometries
 from hkr_keras.layers.base import ComposedKernel, at_least_float32
 

@@ -5,7 +5,7 @@ import math
 import keras
 from keras import ops
 
-from hkr_keras._registry import export
+from hkr_keras._registration import export
 from hkr_keras.geometry import overlap
 
 TINY = 1e-24  # keeps the gradient of the root finite at 0

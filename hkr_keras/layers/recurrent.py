@@ -5,7 +5,7 @@ import math
 import keras
 import numpy as np
 
-from hkr_keras._registry import export
+from hkr_keras._registration import export
 from hkr_keras.geometry import Geometry, kernel_geometries
 from hkr_keras.layers.base import LipschitzLayer
 

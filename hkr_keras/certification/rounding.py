@@ -22,13 +22,13 @@ import keras
 import numpy as np
 from keras import ops
 
-from hkr_keras import bounds
 from hkr_keras import layers as hkr_layers
-from hkr_keras.bounds import Flow
-from hkr_keras.checks import check_is_itself
+from hkr_keras.certification import bounds
+from hkr_keras.certification.bounds import Flow
+from hkr_keras.certification.checks import check_is_itself
+from hkr_keras.certification.singular_values import absolute_bound, host, kernel_bound
 from hkr_keras.geometry import kernel_geometries
 from hkr_keras.layers.base import ComposedKernel
-from hkr_keras.spectra import absolute_bound, host, kernel_bound
 
 UNIT = 2.0**-24  # unit roundoff of float32
 TINY = 2.0**-126  # what flushing a subnormal number to 0 changes at most

@@ -10,7 +10,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from hkr_keras.compiling import compiled
+from hkr_keras._backends.compiling import compiled
 
 
 def as_function(model) -> Callable:

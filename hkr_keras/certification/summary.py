@@ -14,11 +14,11 @@ import rich.console
 import rich.table
 from keras import ops
 
-from hkr_keras import bounds
-from hkr_keras.bounds import Flow
-from hkr_keras.evaluation import check_inputs
+from hkr_keras.certification import bounds
+from hkr_keras.certification.bounds import Flow
+from hkr_keras.certification.evaluation import check_inputs
+from hkr_keras.certification.singular_values import kernel_spectrum
 from hkr_keras.geometry import kernel_geometries
-from hkr_keras.spectra import kernel_spectrum
 
 _POINTS = 4  # inputs at which a Jacobian is taken
 _WIDEST = 1024  # dimensions up to which it is taken in full

@@ -6,8 +6,8 @@ from typing import Any, TypeAlias
 
 import keras
 
-from hkr_keras.bounds import layer_bound
-from hkr_keras.checks import check_built, check_is_plain_model
+from hkr_keras.certification.bounds import layer_bound
+from hkr_keras.certification.checks import check_built, check_is_plain_model
 
 Layer: TypeAlias = keras.layers.Layer
 #: Layers that stand for another one, in the order of computation, and what gives them weights once they are built.

@@ -9,7 +9,7 @@ from helpers import double_precision, normal, to_numpy
 
 import hkr_keras as hkr
 from hkr_keras import rounding
-from hkr_keras.rounding import UNIT, Affine, Tracer, layer_rounding, norms
+from hkr_keras.certification.rounding import UNIT, Affine, Tracer, layer_rounding, norms
 
 K, L, C = keras.layers, hkr.layers, keras.initializers.Constant
 

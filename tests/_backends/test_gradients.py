@@ -6,7 +6,7 @@ import pytest
 from helpers import gradient, normal, to_numpy
 
 import hkr_keras as hkr
-from hkr_keras.gradients import as_function, first_change, in_batches, input_gradient
+from hkr_keras._backends.gradients import as_function, first_change, in_batches, input_gradient
 
 
 def network(outputs=3):

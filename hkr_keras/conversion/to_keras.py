@@ -10,12 +10,12 @@ import numpy as np
 from keras import ops
 
 from hkr_keras import layers
-from hkr_keras.checks import build_shape
+from hkr_keras.certification.checks import build_shape
+from hkr_keras.conversion.rebuilding import Layer, Rebuilder, StandIns, copied, from_config, nothing, operations_of
 from hkr_keras.geometry import kernel_geometries
 from hkr_keras.layers.activations import MATRIX_CHANNELS, pair_differences
 from hkr_keras.layers.base import ComposedKernel, LipschitzLayer
 from hkr_keras.layers.pooling import TINY
-from hkr_keras.rebuilding import Layer, Rebuilder, StandIns, copied, from_config, nothing, operations_of
 
 _k = keras.layers
 

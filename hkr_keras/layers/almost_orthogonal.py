@@ -8,7 +8,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from hkr_keras._registry import export
+from hkr_keras._registration import export
 from hkr_keras.geometry import Geometry, kernel_geometries, weight_geometries
 from hkr_keras.layers.base import ComposedKernel, LipschitzLayer, at_least_float32
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hkr_keras as hkr
-from hkr_keras import spectra
+from hkr_keras.certification import singular_values
 from hkr_keras.geometry import model_kernels
 from hkr_keras.layers.orthogonal import block_convolution, orthogonal_kernel, two_tap_steps, wrap
 
@@ -61,7 +61,7 @@ def circular_singular_values(layer, periods=8):
     """Of the operator on a circle of `periods * strides` cells, from the composed kernel, in float64."""
     blocks = to_numpy(layer.kernel)
     blocks = np.moveaxis(blocks.reshape(*blocks.shape[:-1], layer.groups, -1), -2, -3)
-    taps = spectra._polyphase(blocks, layer.strides)
+    taps = singular_values._polyphase(blocks, layer.strides)
     axes = tuple(range(len(layer.strides)))
     return np.linalg.svd(np.fft.fftn(taps, [periods] * len(axes), axes=axes), compute_uv=False)
 
@@ -324,16 +324,16 @@ def test_a_subclass_with_another_forward_pass_is_refused():
 
 
 def test_the_bound_without_a_grid_is_above_the_norm(monkeypatch):
-    monkeypatch.setattr(spectra, "_SLACK", math.inf)  # no grid
+    monkeypatch.setattr(singular_values, "_SLACK", math.inf)  # no grid
     rng = np.random.default_rng(0)
     for window, inputs, outputs, strides in [((3,), 2, 3, (1,)), ((2, 3), 3, 2, (1, 2)), ((4, 4), 1, 5, (2, 2))]:
         blocks = rng.normal(size=(*window, 2, inputs, outputs))
-        taps = spectra._polyphase(blocks, strides)
+        taps = singular_values._polyphase(blocks, strides)
         symbol = np.fft.fftn(taps, [32] * len(strides), axes=range(len(strides)))
         norm = np.linalg.svd(symbol, compute_uv=False).max()
-        assert norm <= spectra.convolution_bound(blocks, strides) <= 3 * norm
-    assert spectra.convolution_bound(np.zeros((3, 1, 2, 2)), (1,)) == 0.0
-    assert spectra.convolution_bound(np.full((3, 1, 1, 1), 1e-40), (1,)) == pytest.approx(3e-40)
+        assert norm <= singular_values.convolution_bound(blocks, strides) <= 3 * norm
+    assert singular_values.convolution_bound(np.zeros((3, 1, 2, 2)), (1,)) == 0.0
+    assert singular_values.convolution_bound(np.full((3, 1, 1, 1), 1e-40), (1,)) == pytest.approx(3e-40)
 
 
 def test_no_rigorous_certificate_of_a_composed_kernel():

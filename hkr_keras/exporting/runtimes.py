@@ -11,10 +11,10 @@ from typing import Any
 import keras
 import numpy as np
 
-from hkr_keras import bounds
-from hkr_keras.certificates import Certificate, Verification, certify
-from hkr_keras.evaluation import ROUNDED_DOWN, distance_moved, model_hash, versions
-from hkr_keras.stripping import to_keras
+from hkr_keras.certification import bounds
+from hkr_keras.certification.certificates import Certificate, Verification, certify
+from hkr_keras.certification.evaluation import ROUNDED_DOWN, distance_moved, model_hash, versions
+from hkr_keras.conversion.to_keras import to_keras
 
 FORMATS = ("tf_saved_model", "onnx", "litert")
 _STORED_CONSTANTS = 1 + 1e-6  # constants of poolings and scalings are rounded to float32 in the file

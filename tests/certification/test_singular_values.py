@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hkr_keras as hkr
-from hkr_keras import spectra
+from hkr_keras.certification import singular_values
 
 K = keras.layers
 CONFIGURATIONS = 24 if BACKEND == "jax" else 312  # JAX compiles every one of them
@@ -123,7 +123,7 @@ def test_bounds_of_random_layers_are_above_the_truth_and_tight(seed):
 def test_convolution_bound_is_above_every_frequency(window, stride, channels, outputs, seed):
     block = np.random.default_rng(seed).standard_normal((*window, channels, outputs))
     strides = (stride,) * len(window)
-    bound = spectra.convolution_bound(block[..., None, :, :], strides)
+    bound = singular_values.convolution_bound(block[..., None, :, :], strides)
     frequencies = np.random.default_rng(seed).uniform(-np.pi, np.pi, (20, len(window)))
     assert symbol_norms(block, strides, frequencies).max() <= bound
 
@@ -131,7 +131,7 @@ def test_convolution_bound_is_above_every_frequency(window, stride, channels, ou
 def test_wide_convolutions_take_the_same_route():
     """Beyond order 16 a Cholesky factor, and no eigenvalue, proves the bound: both must agree."""
     block = np.random.default_rng(0).standard_normal((3, 3, 1, 40, 40))
-    spectrum = spectra.convolution_spectrum(block, (1, 1))
+    spectrum = singular_values.convolution_spectrum(block, (1, 1))
     grid = np.fft.fftn(block[:, :, 0], (50, 50), axes=(0, 1))
     values = np.linalg.svd(grid, compute_uv=False)
     assert values.max() <= spectrum.bound <= 1.005 * values.max()
@@ -143,7 +143,7 @@ def test_an_orthogonal_convolution_has_the_bound_one():
     """Shifts by one pixel: the autocorrelation vanishes off the centre, and nothing is lost to the grid."""
     kernel = np.zeros((3, 3, 1, 2, 2))
     kernel[0, 2, 0, 0, 0] = kernel[2, 1, 0, 1, 1] = 1.0
-    assert 1 <= spectra.convolution_bound(kernel, (1, 1)) < 1 + 1e-12
+    assert 1 <= singular_values.convolution_bound(kernel, (1, 1)) < 1 + 1e-12
 
 
 def test_one_grid_point_less_is_noticed():
@@ -151,14 +151,14 @@ def test_one_grid_point_less_is_noticed():
     block = np.array([1.0, 0.7, -0.2]).reshape(3, 1, 1)
     truth = largest_symbol(block, (1,))
     on_a_coarse_grid = symbol_norms(block, (1,), 2 * np.pi * (np.arange(8)[:, None] + 0.5) / 8).max()
-    assert on_a_coarse_grid < truth <= spectra.convolution_bound(block[:, None], (1,))
+    assert on_a_coarse_grid < truth <= singular_values.convolution_bound(block[:, None], (1,))
 
 
 def test_absolute_bounds_are_above_the_norm_of_the_absolute_values():
     for seed in range(CONFIGURATIONS // 2 if BACKEND == "jax" else 60):
         layer, shape = configuration(seed)
         names = list(hkr.geometry.kernel_geometries(layer))
-        product = math.prod(spectra.absolute_bound(layer, name) for name in names)
+        product = math.prod(singular_values.absolute_bound(layer, name) for name in names)
         for name in names:
             getattr(layer, name).assign(np.abs(keras.ops.convert_to_numpy(getattr(layer, name))))
         assert largest_singular_value(explicit_operator(layer, shape)) <= product
@@ -166,9 +166,9 @@ def test_absolute_bounds_are_above_the_norm_of_the_absolute_values():
 
 def test_equal_kernels_are_computed_once(monkeypatch):
     calls = []
-    original = spectra._operator_spectrum
-    monkeypatch.setattr(spectra, "_operator_spectrum", lambda *a: (calls.append(1), original(*a))[1])
-    monkeypatch.setattr(spectra, "_RESULTS", {})
+    original = singular_values._operator_spectrum
+    monkeypatch.setattr(singular_values, "_operator_spectrum", lambda *a: (calls.append(1), original(*a))[1])
+    monkeypatch.setattr(singular_values, "_RESULTS", {})
     layer = K.Conv1D(2, 3)
     layer.build((None, 8, 2))
     first = hkr.lipschitz_bound(layer)

@@ -6,7 +6,8 @@ import pytest
 from helpers import to_numpy
 
 import hkr_keras as hkr
-from hkr_keras import bounds, spectra
+from hkr_keras import bounds
+from hkr_keras.certification import singular_values
 
 K = keras.layers
 X = np.array([[1.0, 0.0]], "float32")
@@ -46,7 +47,7 @@ class TenfoldPrediction(keras.Sequential):
 @pytest.fixture
 def registered():
     """The (right) bounds that a user would register for the two layers."""
-    bounds.layer_bound.register(Ten, lambda layer: 10 * spectra.kernel_spectrum(layer, "kernel").bound)
+    bounds.layer_bound.register(Ten, lambda layer: 10 * singular_values.kernel_spectrum(layer, "kernel").bound)
     bounds.layer_bound.register(TenTimes, lambda layer: 10.0)
 
 

@@ -8,10 +8,10 @@ import math
 import keras
 import numpy as np
 
-from hkr_keras import bounds
 from hkr_keras._version import __version__
-from hkr_keras.checks import check_model_shapes
-from hkr_keras.rounding import LARGEST, TINY, Affine, Tracer, norms
+from hkr_keras.certification import bounds
+from hkr_keras.certification.checks import check_model_shapes
+from hkr_keras.certification.rounding import LARGEST, TINY, Affine, Tracer, norms
 
 ROUNDED_DOWN = 1 - 1e-9  # covers the float64 rounding of whatever the radius is made of
 

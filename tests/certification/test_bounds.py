@@ -7,7 +7,8 @@ import pytest
 from helpers import adam_steps, double_precision, largest_ratio, normal, operator_norm, to_numpy
 
 import hkr_keras as hkr
-from hkr_keras import bounds, spectra
+from hkr_keras import bounds
+from hkr_keras.certification import singular_values
 from hkr_keras.geometry import Geometry
 
 K, L = keras.layers, hkr.layers
@@ -424,7 +425,9 @@ def test_registering_gives_a_bound():
 
     bounds.layer_bound.register(Tripled, lambda layer: 3.0)
     bounds.layer_bound.register(TripledModel, lambda layer: 3.0)
-    bounds.layer_bound.register(TripledDense, lambda layer: 3.0 * spectra.kernel_spectrum(layer, "kernel").bound)
+    bounds.layer_bound.register(
+        TripledDense, lambda layer: 3.0 * singular_values.kernel_spectrum(layer, "kernel").bound
+    )
     bounds.merge_bound.register(Sum, lambda layer, constants: constants.sum(axis=0))
     identity = TripledDense(4, kernel_initializer="identity")
     assert hkr.lipschitz_bound(graph(lambda x: Sum()([x, Tripled()(x)]))) == pytest.approx(4.0)
@@ -480,7 +483,7 @@ def test_zero_weights_give_zero():
 def test_bounds_of_random_matrices_are_above_the_singular_values():
     for seed in range(50):
         w = normal((7, 5), seed).astype("float64")
-        spectrum = spectra.matrix_spectrum(w)
+        spectrum = singular_values.matrix_spectrum(w)
         values = np.linalg.svd(w, compute_uv=False)
         assert values[0] <= spectrum.bound <= values[0] * (1 + 1e-12)
         assert spectrum.smallest == pytest.approx(values[-1], rel=1e-6)

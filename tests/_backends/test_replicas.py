@@ -15,7 +15,7 @@ import keras
 import numpy as np
 import pytest
 
-PROGRAMS = Path(__file__).parent / "replicas"
+PROGRAMS = Path(__file__).parents[1] / "replicas"
 ROUNDING = 2e-6  # sums of float32 in another order; losses and gradients are below 10
 TRAINED = 2e-5  # the same after four steps
 NORM = 1 + 4e-7  # what float32 leaves of a norm of 1

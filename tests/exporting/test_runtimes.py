@@ -88,7 +88,7 @@ def test_constants_of_a_score_and_of_logits_without_a_head():
     for model, method in ((score, "score"), (logits, "logits"), (pairwise, "pairwise")):
         found = hkr.certify(model, x, verbose=0)
         certificate = exporting.ExportedCertificate(
-            exporting._distances(model, found.classes), found.bound, method, ({"shape": [None, 4]},)
+            exporting.runtimes._distances(model, found.classes), found.bound, method, ({"shape": [None, 4]},)
         )
         again = certificate.of_outputs(model.predict(x, verbose=0))
         np.testing.assert_array_equal(again.prediction, found.prediction)

@@ -15,7 +15,7 @@ import keras
 import numpy as np
 
 from hkr_keras import layers as hkr_layers
-from hkr_keras.checks import (
+from hkr_keras.certification.checks import (
     build_shape,
     check_arguments,
     check_batch_apart,
@@ -30,9 +30,7 @@ from hkr_keras.checks import (
     check_sizes,
     overridden,
 )
-from hkr_keras.geometry import kernel_geometries, overlap
-from hkr_keras.layers.recurrent import LipschitzSimpleRNNCell, recurrence_bound
-from hkr_keras.spectra import (
+from hkr_keras.certification.singular_values import (
     EPSILON,
     convolution_bound,
     host,
@@ -40,6 +38,8 @@ from hkr_keras.spectra import (
     matrix_spectrum,
     separable_bound,
 )
+from hkr_keras.geometry import kernel_geometries, overlap
+from hkr_keras.layers.recurrent import LipschitzSimpleRNNCell, recurrence_bound
 
 # ---- activations ----------------------------------------------------------------------------------------
 

@@ -7,8 +7,8 @@ import math
 import numpy as np
 
 from hkr_keras import margins
-from hkr_keras.evaluation import ROUNDED_DOWN, check_inputs, evaluate, versions
-from hkr_keras.rounding import norms
+from hkr_keras.certification.evaluation import ROUNDED_DOWN, check_inputs, evaluate, versions
+from hkr_keras.certification.rounding import norms
 
 _NORMS = (1, 2, math.inf)
 

@@ -13,13 +13,13 @@ import rich.console
 import rich.table
 
 from hkr_keras import constraints, layers
-from hkr_keras.bounds import activation_bound, lipschitz_bound, merge_bound, walk
-from hkr_keras.checks import build_shape, check_kernel_layer, check_merge
+from hkr_keras.certification.bounds import activation_bound, lipschitz_bound, merge_bound, walk
+from hkr_keras.certification.checks import build_shape, check_kernel_layer, check_merge
+from hkr_keras.certification.singular_values import host
+from hkr_keras.conversion.rebuilding import Layer, Rebuilder, StandIns, copied, from_config, is_model, operations_of
+from hkr_keras.conversion.to_keras import keras_layers, to_keras
 from hkr_keras.geometry import kernel_geometries, model_kernels, overlap, weight_geometries
 from hkr_keras.layers.base import LipschitzLayer
-from hkr_keras.rebuilding import Layer, Rebuilder, StandIns, copied, from_config, is_model, operations_of
-from hkr_keras.spectra import host
-from hkr_keras.stripping import keras_layers, to_keras
 
 __all__ = ["constrain", "keras_layers", "to_keras", "to_lipschitz"]
 

@@ -1,0 +1,1 @@
+"""The only files that compute with a backend: compiling, gradients, replicas."""

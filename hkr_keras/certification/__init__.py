@@ -1,0 +1,1 @@
+"""How certificates come about: norms, rules of layers, composition, rounding, radii."""
