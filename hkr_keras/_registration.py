@@ -2,4 +2,4 @@
 
 import keras
 
-export = keras.saving.register_keras_serializable(package="hkr_keras")
+registered = keras.saving.register_keras_serializable(package="hkr_keras")

@@ -5,14 +5,14 @@ from collections.abc import Callable, Iterable
 import keras
 
 from hkr_keras import constraints
-from hkr_keras._registration import export
+from hkr_keras._registration import registered
 from hkr_keras.certification.bounds import lipschitz_bound
 from hkr_keras.certification.certificates import certify
 from hkr_keras.certification.singular_values import kernel_spectrum
 from hkr_keras.geometry import kernel_geometries
 
 
-@export
+@registered
 class Orthonormalize(keras.callbacks.Callback):
     """Re-orthonormalises kernels after each optimizer step, and to full precision at epoch and train end.
 

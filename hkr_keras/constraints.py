@@ -9,7 +9,7 @@ from keras import ops
 
 from hkr_keras import linalg
 from hkr_keras._backends.compiling import compiled
-from hkr_keras._registration import export
+from hkr_keras._registration import registered
 from hkr_keras.geometry import Geometry, model_kernels
 
 Tensor = Any
@@ -90,7 +90,7 @@ class _StartingFrom(keras.initializers.Initializer):
         return self.constraint.start(ops.convert_to_tensor(self.initializer(shape, dtype=dtype)))
 
 
-@export
+@registered
 class Orthonormal(LipschitzConstraint):
     """All singular values of every block are 1: the layer keeps norms and gradients. The default.
 
@@ -116,7 +116,7 @@ class Orthonormal(LipschitzConstraint):
         return self._on_matrices(_newton_schulz_to_precision, kernel)
 
 
-@export
+@registered
 class DeferredOrthonormal(Orthonormal):
     """The set of `Orthonormal`, to which the callback `Orthonormalize(every=n)` moves the kernel, not the optimizer.
 
@@ -140,7 +140,7 @@ class DeferredOrthonormal(Orthonormal):
         return w
 
 
-@export
+@registered
 class SpectralBall(LipschitzConstraint):
     """All singular values are at most 1, and none is pulled up.
 
@@ -157,7 +157,7 @@ class SpectralBall(LipschitzConstraint):
         return linalg.spectral_ball(matrices)
 
 
-@export
+@registered
 class UnitNorm(LipschitzConstraint):
     """Every output vector has norm 1: each output is 1-Lipschitz by itself. The usual choice for a head.
 

@@ -12,7 +12,7 @@ import keras
 from keras import ops
 
 from hkr_keras import margins
-from hkr_keras._registration import export
+from hkr_keras._registration import registered
 
 Tensor = Any
 
@@ -167,7 +167,7 @@ class _WeightedLoss(keras.Loss):
         return {**super().get_config(), **{key: getattr(self, key) for key in self._parameters}}
 
 
-@export
+@registered
 class KR(_WeightedLoss):
     """The Kantorovich-Rubinstein loss `E_-[f] - E_+[f]`: its minimum over 1-Lipschitz f is minus the
     Wasserstein-1 distance of the two classes.
@@ -195,7 +195,7 @@ class KR(_WeightedLoss):
         return kr(y_true, y_pred, sample_weight)
 
 
-@export
+@registered
 class HingeMargin(_WeightedLoss):
     """The hinge loss `E[relu(margin - y f)]` with a margin of your choice.
 
@@ -220,7 +220,7 @@ class HingeMargin(_WeightedLoss):
         return hinge(y_true, y_pred, self.margin)
 
 
-@export
+@registered
 class HKR(_WeightedLoss):
     """Hinge-regularised Kantorovich-Rubinstein loss `alpha E[relu(margin - y f)] - (E_+[f] - E_-[f])`.
 
@@ -253,7 +253,7 @@ class HKR(_WeightedLoss):
         return _combine(self.alpha, hinge(y_true, y_pred, self.margin), kr(y_true, y_pred, sample_weight))
 
 
-@export
+@registered
 class MulticlassKR(_WeightedLoss):
     """One against all: the sum over classes of the `KR` loss of each logit.
 
@@ -276,7 +276,7 @@ class MulticlassKR(_WeightedLoss):
         return multiclass_kr(y_true, y_pred, sample_weight)
 
 
-@export
+@registered
 class MulticlassHinge(_WeightedLoss):
     """One against all: the sum over classes of the hinge of each logit, the true class weighing `C - 1`.
 
@@ -298,7 +298,7 @@ class MulticlassHinge(_WeightedLoss):
         return multiclass_hinge(y_true, y_pred, self.margin)
 
 
-@export
+@registered
 class MulticlassHKR(_WeightedLoss):
     """One against all HKR: `alpha * MulticlassHinge(margin) + MulticlassKR`.
 
@@ -327,7 +327,7 @@ class MulticlassHKR(_WeightedLoss):
         return _combine(self.alpha, hinges, multiclass_kr(y_true, y_pred, sample_weight))
 
 
-@export
+@registered
 class SoftHKR(_WeightedLoss):
     """HKR of the true class against a softmax-weighted mean of the others: see `soft_hkr`.
 
@@ -356,7 +356,7 @@ class SoftHKR(_WeightedLoss):
         return soft_hkr(y_true, y_pred, self.alpha, self.margin, self.temperature)
 
 
-@export
+@registered
 class LogSumExpHKR(_WeightedLoss):
     """Binary HKR of half the margin over a smooth maximum of the other classes: see `log_sum_exp_hkr`.
 
@@ -389,7 +389,7 @@ class LogSumExpHKR(_WeightedLoss):
         return log_sum_exp_hkr(y_true, y_pred, self.alpha, self.margin, self.temperature)
 
 
-@export
+@registered
 class MarginCrossentropy(_WeightedLoss):
     """Cross-entropy of `temperature * (f - margin * onehot)`, divided by the temperature.
 

@@ -4,10 +4,10 @@ import keras
 from keras import ops
 
 from hkr_keras import margins
-from hkr_keras._registration import export
+from hkr_keras._registration import registered
 
 
-@export
+@registered
 class KRDistance(keras.Metric):
     """`E_+[f] - E_-[f]` over all samples seen: for a 1-Lipschitz f a lower bound on the Wasserstein-1 distance.
 
@@ -69,7 +69,7 @@ class _RadiusMetric(keras.metrics.Mean):
         return {"lipschitz": self.lipschitz, "head": self.head, "name": self.name, "dtype": self.dtype}
 
 
-@export
+@registered
 class CertifiedAccuracy(_RadiusMetric):
     """The share of samples that are classified correctly and whose certified radius is above `epsilon`.
 
@@ -106,7 +106,7 @@ class CertifiedAccuracy(_RadiusMetric):
         return {"epsilon": self.epsilon, **super().get_config()}
 
 
-@export
+@registered
 class CertifiedRadius(_RadiusMetric):
     """The mean certified radius, in L2 distance and input units; a wrong prediction counts as 0.
 

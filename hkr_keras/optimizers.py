@@ -4,11 +4,11 @@ import keras
 from keras import ops
 
 from hkr_keras import constraints, linalg
-from hkr_keras._registration import export
+from hkr_keras._registration import registered
 from hkr_keras.geometry import Geometry
 
 
-@export
+@registered
 class StiefelMuon(keras.optimizers.Optimizer):
     """Muon along the constraint set: each step turns all directions of an orthonormal kernel equally far.
 

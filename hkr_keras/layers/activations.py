@@ -7,7 +7,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from hkr_keras._registration import export
+from hkr_keras._registration import registered
 
 Tensor = Any
 
@@ -137,7 +137,7 @@ class _ChannelActivation(keras.layers.Layer):
         return {**super().get_config(), "axis": self.axis}
 
 
-@export
+@registered
 class GroupSort(_ChannelActivation):
     """Sorts groups of `n` neighbouring channels; keeps norms of inputs and gradients.
 
@@ -177,7 +177,7 @@ class GroupSort(_ChannelActivation):
         return {"n": self.n, **super().get_config()}
 
 
-@export
+@registered
 class MaxMin(_ChannelActivation):
     """The larger and the smaller of the channels `i` and `i + channels / 2`, in that order.
 
@@ -206,7 +206,7 @@ class MaxMin(_ChannelActivation):
         return ops.concatenate([first + excess, second - excess], axis=self.axis)
 
 
-@export
+@registered
 class FullSort(_ChannelActivation):
     """Sorts all channels in ascending order: `GroupSort` with one group.
 
@@ -232,7 +232,7 @@ class FullSort(_ChannelActivation):
         return ops.sort(inputs, axis=self.axis)
 
 
-@export
+@registered
 class Householder(_ChannelActivation):
     """Trainable reflections of pairs of channels; starts as `MaxMin`.
 

@@ -8,7 +8,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from hkr_keras._registration import export
+from hkr_keras._registration import registered
 from hkr_keras.geometry import Geometry, kernel_geometries, weight_geometries
 from hkr_keras.layers.base import ComposedKernel, LipschitzLayer, at_least_float32
 
@@ -118,7 +118,7 @@ def _(layer):
     return {}  # nothing to project
 
 
-@export
+@registered
 class AOLDense(_Rescaled, keras.layers.Dense):
     """`keras.layers.Dense` with a kernel that is rescaled to a norm of at most 1 in the forward pass.
 
@@ -146,7 +146,7 @@ class AOLDense(_Rescaled, keras.layers.Dense):
         return ops.matmul(inputs, kernel)
 
 
-@export
+@registered
 class AOLConv2D(_Rescaled, keras.layers.Conv2D):
     """`keras.layers.Conv2D` with a kernel that is rescaled to an operator norm of at most 1, for any image size.
 
@@ -224,7 +224,7 @@ class _AtCentre(keras.initializers.Initializer):
         return ops.pad(centre, [*((k // 2, k // 2) for k in window), (0, 0), (0, 0)])
 
 
-@export
+@registered
 class SLLDense(_Residual):
     """A residual block with constant 1: `x - 2 W relu(W^T x + b)`, with W rescaled to a norm of at most 1.
 
@@ -274,7 +274,7 @@ class SLLDense(_Residual):
         return {"units": self.units, **super().get_config()}
 
 
-@export
+@registered
 class SLLConv2D(_Residual):
     """A convolutional residual block with constant 1: `x - 2 W relu(W^T x + b)`, with zero padding.
 

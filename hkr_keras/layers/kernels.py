@@ -2,11 +2,11 @@
 
 import keras
 
-from hkr_keras._registration import export
+from hkr_keras._registration import registered
 from hkr_keras.layers.base import LipschitzLayer
 
 
-@export
+@registered
 class LipschitzDense(LipschitzLayer, keras.layers.Dense):
     """`keras.layers.Dense` with a kernel of norm at most 1.
 
@@ -31,7 +31,7 @@ class LipschitzDense(LipschitzLayer, keras.layers.Dense):
     """
 
 
-@export
+@registered
 class LipschitzConv1D(LipschitzLayer, keras.layers.Conv1D):
     """`keras.layers.Conv1D` with an operator norm of at most 1, for any length.
 
@@ -52,7 +52,7 @@ class LipschitzConv1D(LipschitzLayer, keras.layers.Conv1D):
     """
 
 
-@export
+@registered
 class LipschitzConv2D(LipschitzLayer, keras.layers.Conv2D):
     """`keras.layers.Conv2D` with an operator norm of at most 1, for any image size.
 
@@ -68,7 +68,7 @@ class LipschitzConv2D(LipschitzLayer, keras.layers.Conv2D):
     """
 
 
-@export
+@registered
 class LipschitzConv3D(LipschitzLayer, keras.layers.Conv3D):
     """`keras.layers.Conv3D` with an operator norm of at most 1, for any volume size.
 
@@ -84,7 +84,7 @@ class LipschitzConv3D(LipschitzLayer, keras.layers.Conv3D):
     """
 
 
-@export
+@registered
 class LipschitzConv1DTranspose(LipschitzLayer, keras.layers.Conv1DTranspose):
     """`keras.layers.Conv1DTranspose` with an operator norm of at most 1.
 
@@ -101,7 +101,7 @@ class LipschitzConv1DTranspose(LipschitzLayer, keras.layers.Conv1DTranspose):
     """
 
 
-@export
+@registered
 class LipschitzConv2DTranspose(LipschitzLayer, keras.layers.Conv2DTranspose):
     """`keras.layers.Conv2DTranspose` with an operator norm of at most 1.
 
@@ -117,7 +117,7 @@ class LipschitzConv2DTranspose(LipschitzLayer, keras.layers.Conv2DTranspose):
     """
 
 
-@export
+@registered
 class LipschitzConv3DTranspose(LipschitzLayer, keras.layers.Conv3DTranspose):
     """`keras.layers.Conv3DTranspose` with an operator norm of at most 1.
 
@@ -133,7 +133,7 @@ class LipschitzConv3DTranspose(LipschitzLayer, keras.layers.Conv3DTranspose):
     """
 
 
-@export
+@registered
 class LipschitzDepthwiseConv1D(LipschitzLayer, keras.layers.DepthwiseConv1D):
     """`keras.layers.DepthwiseConv1D` with an operator norm of at most 1.
 
@@ -150,7 +150,7 @@ class LipschitzDepthwiseConv1D(LipschitzLayer, keras.layers.DepthwiseConv1D):
     """
 
 
-@export
+@registered
 class LipschitzDepthwiseConv2D(LipschitzLayer, keras.layers.DepthwiseConv2D):
     """`keras.layers.DepthwiseConv2D` with an operator norm of at most 1.
 
@@ -166,7 +166,7 @@ class LipschitzDepthwiseConv2D(LipschitzLayer, keras.layers.DepthwiseConv2D):
     """
 
 
-@export
+@registered
 class LipschitzSeparableConv1D(LipschitzLayer, keras.layers.SeparableConv1D):
     """`keras.layers.SeparableConv1D` with an operator norm of at most 1.
 
@@ -182,7 +182,7 @@ class LipschitzSeparableConv1D(LipschitzLayer, keras.layers.SeparableConv1D):
     """
 
 
-@export
+@registered
 class LipschitzSeparableConv2D(LipschitzLayer, keras.layers.SeparableConv2D):
     """`keras.layers.SeparableConv2D` with an operator norm of at most 1.
 

@@ -5,10 +5,10 @@ import math
 import keras
 from keras import ops
 
-from hkr_keras._registration import export
+from hkr_keras._registration import registered
 
 
-@export
+@registered
 class LipschitzResidual(keras.layers.Layer):
     """A trainable convex combination of branches: the residual connection that keeps a constant of 1.
 
@@ -51,7 +51,7 @@ class LipschitzResidual(keras.layers.Layer):
         return input_shape[0]
 
 
-@export
+@registered
 class Scale(keras.layers.Layer):
     """Multiplies by a constant: the one place where a network gets a Lipschitz constant other than 1.
 

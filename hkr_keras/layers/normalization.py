@@ -3,10 +3,10 @@
 import keras
 from keras import ops
 
-from hkr_keras._registration import export
+from hkr_keras._registration import registered
 
 
-@export
+@registered
 class LayerCentering(keras.layers.Layer):
     """Subtracts the mean over `axis`, then adds a trainable bias: an orthogonal projection.
 
@@ -58,7 +58,7 @@ class LayerCentering(keras.layers.Layer):
         return {**super().get_config(), "axis": self.axis, "center": self.center}
 
 
-@export
+@registered
 class BatchCentering(keras.layers.Layer):
     """Subtracts the mean of the batch in training and its moving average at inference, then adds a bias.
 

@@ -10,7 +10,7 @@ import keras
 from keras import ops
 
 from hkr_keras import constraints
-from hkr_keras._registration import export
+from hkr_keras._registration import registered
 from hkr_keras.geometry import Geometry, weight_geometries
 from hkr_keras.layers.base import ComposedKernel, at_least_float32
 
@@ -325,7 +325,7 @@ class _OrthogonalConvTranspose(_OrthogonalConvolution):
         return tuple(shape)
 
 
-@export
+@registered
 class OrthogonalConv1D(_OrthogonalConv, keras.layers.Conv1D):
     """`keras.layers.Conv1D` whose operator is orthogonal: it keeps norms and gradients, overlap or not.
 
@@ -359,7 +359,7 @@ class OrthogonalConv1D(_OrthogonalConv, keras.layers.Conv1D):
     __signature__ = inspect.signature(keras.layers.Conv1D)
 
 
-@export
+@registered
 class OrthogonalConv2D(_OrthogonalConv, keras.layers.Conv2D):
     """`keras.layers.Conv2D` whose operator is orthogonal: it keeps norms and gradients, overlap or not.
 
@@ -383,7 +383,7 @@ class OrthogonalConv2D(_OrthogonalConv, keras.layers.Conv2D):
     __signature__ = inspect.signature(keras.layers.Conv2D)
 
 
-@export
+@registered
 class OrthogonalConv1DTranspose(_OrthogonalConvTranspose, keras.layers.Conv1DTranspose):
     """`keras.layers.Conv1DTranspose` whose operator is orthogonal: the adjoint of an `OrthogonalConv1D`.
 
@@ -407,7 +407,7 @@ class OrthogonalConv1DTranspose(_OrthogonalConvTranspose, keras.layers.Conv1DTra
     __signature__ = inspect.signature(keras.layers.Conv1DTranspose)
 
 
-@export
+@registered
 class OrthogonalConv2DTranspose(_OrthogonalConvTranspose, keras.layers.Conv2DTranspose):
     """`keras.layers.Conv2DTranspose` whose operator is orthogonal: the adjoint of an `OrthogonalConv2D`.
 

@@ -5,7 +5,7 @@ import math
 import keras
 from keras import ops
 
-from hkr_keras._registration import export
+from hkr_keras._registration import registered
 from hkr_keras.geometry import overlap
 
 TINY = 1e-24  # keeps the gradient of the root finite at 0
@@ -89,7 +89,7 @@ class _GlobalL2Norm(_GlobalPooling):
         return _l2_norm(lambda squares: self._sum(squares, mask), inputs, 1.0)
 
 
-@export
+@registered
 class ScaledAveragePooling1D(_ScaledAverage, keras.layers.AveragePooling1D):
     """`keras.layers.AveragePooling1D` times the root of the window size: norm 1 instead of `1 / sqrt(size)`.
 
@@ -106,7 +106,7 @@ class ScaledAveragePooling1D(_ScaledAverage, keras.layers.AveragePooling1D):
     """
 
 
-@export
+@registered
 class ScaledAveragePooling2D(_ScaledAverage, keras.layers.AveragePooling2D):
     """`keras.layers.AveragePooling2D` times the root of the window size: norm 1 instead of `1 / sqrt(size)`.
 
@@ -122,7 +122,7 @@ class ScaledAveragePooling2D(_ScaledAverage, keras.layers.AveragePooling2D):
     """
 
 
-@export
+@registered
 class L2NormPooling1D(_L2Norm, keras.layers.AveragePooling1D):
     """The Euclidean norm of every window: 1-Lipschitz, and it keeps the norm of the input.
 
@@ -142,7 +142,7 @@ class L2NormPooling1D(_L2Norm, keras.layers.AveragePooling1D):
     """
 
 
-@export
+@registered
 class L2NormPooling2D(_L2Norm, keras.layers.AveragePooling2D):
     """The Euclidean norm of every window: 1-Lipschitz, and it keeps the norm of the input.
 
@@ -158,7 +158,7 @@ class L2NormPooling2D(_L2Norm, keras.layers.AveragePooling2D):
     """
 
 
-@export
+@registered
 class ScaledGlobalAveragePooling1D(_ScaledGlobalAverage, keras.layers.GlobalAveragePooling1D):
     """`keras.layers.GlobalAveragePooling1D` times the root of the length: norm 1.
 
@@ -174,7 +174,7 @@ class ScaledGlobalAveragePooling1D(_ScaledGlobalAverage, keras.layers.GlobalAver
     """
 
 
-@export
+@registered
 class ScaledGlobalAveragePooling2D(_ScaledGlobalAverage, keras.layers.GlobalAveragePooling2D):
     """`keras.layers.GlobalAveragePooling2D` times the root of the number of pixels: norm 1.
 
@@ -190,7 +190,7 @@ class ScaledGlobalAveragePooling2D(_ScaledGlobalAverage, keras.layers.GlobalAver
     """
 
 
-@export
+@registered
 class GlobalL2NormPooling1D(_GlobalL2Norm, keras.layers.GlobalAveragePooling1D):
     """The Euclidean norm of every channel over all steps: 1-Lipschitz, and it keeps the norm of the input.
 
@@ -206,7 +206,7 @@ class GlobalL2NormPooling1D(_GlobalL2Norm, keras.layers.GlobalAveragePooling1D):
     """
 
 
-@export
+@registered
 class GlobalL2NormPooling2D(_GlobalL2Norm, keras.layers.GlobalAveragePooling2D):
     """The Euclidean norm of every channel over all pixels: 1-Lipschitz, and it keeps the norm of the input.
 
@@ -251,7 +251,7 @@ class _Rearrangement2D(keras.layers.Layer):
         return ops.transpose(self._rearrange(ops.transpose(inputs, (0, 2, 3, 1))), (0, 3, 1, 2))
 
 
-@export
+@registered
 class InvertibleDownsampling2D(_Rearrangement2D):
     """Moves every window of pixels into channels (space to depth): keeps all information and all norms.
 
@@ -292,7 +292,7 @@ class InvertibleDownsampling2D(_Rearrangement2D):
         return ops.reshape(x, (batch, height // p, width // q, p * q * channels))
 
 
-@export
+@registered
 class InvertibleUpsampling2D(_Rearrangement2D):
     """Moves channels into windows of pixels (depth to space): the inverse of `InvertibleDownsampling2D`.
 

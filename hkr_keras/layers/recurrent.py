@@ -5,7 +5,7 @@ import math
 import keras
 import numpy as np
 
-from hkr_keras._registration import export
+from hkr_keras._registration import registered
 from hkr_keras.geometry import Geometry, kernel_geometries
 from hkr_keras.layers.base import LipschitzLayer
 
@@ -64,7 +64,7 @@ def _(cell: LipschitzSimpleRNNCell):
     return {"kernel": Geometry(gain=cell.gain), "recurrent_kernel": Geometry()}
 
 
-@export
+@registered
 class LipschitzSimpleRNN(keras.layers.RNN):
     """`keras.layers.SimpleRNN` with a constant of 1 for sequences of the length it was built for.
 
