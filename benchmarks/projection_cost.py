@@ -28,7 +28,7 @@ def products(w):
     return ops.matmul(w, ops.matmul(transposed, w))
 
 
-def nearly_orthonormal(blocks: int, rows: int, columns: int) -> np.ndarray:
+def polar_direction(blocks: int, rows: int, columns: int) -> np.ndarray:
     """Parts of reflections, which are dense and cheap to make, and a little noise."""
     rng = np.random.default_rng(0)
     n = max(rows, columns)
@@ -45,7 +45,7 @@ def gflop(blocks: int, rows: int, columns: int) -> float:
 def measure(size: tuple[int, ...], rounds: int) -> dict[str, float]:
     """Milliseconds of the floor and of the projection of kernels of a shape."""
     blocks, rows, columns = (1, *size)[-3:]
-    w = ops.convert_to_tensor(nearly_orthonormal(blocks, rows, columns))
+    w = ops.convert_to_tensor(polar_direction(blocks, rows, columns))
     plain = w[0] if blocks == 1 else w
     clocks = {
         "floor": stopwatch(compiled(products), plain),
@@ -56,7 +56,7 @@ def measure(size: tuple[int, ...], rounds: int) -> dict[str, float]:
 
 def limits(width: int, rounds: int) -> dict[str, float]:
     """Milliseconds of a product of square matrices and of a call that returns its argument."""
-    w = ops.convert_to_tensor(nearly_orthonormal(1, width, width)[0])
+    w = ops.convert_to_tensor(polar_direction(1, width, width)[0])
     clocks = {"matmul": stopwatch(compiled(ops.matmul), w, w), "call": stopwatch(compiled(lambda w: w), w)}
     return interleaved(clocks, rounds)
 

@@ -67,7 +67,9 @@ class Orthonormalize(keras.callbacks.Callback):
         return cls(**config)
 
     def on_train_begin(self, logs=None):
-        waiting = [target for target in constraints.targets(self.model) if constraints.waits(target[1])]
+        waiting = [
+            target for target in constraints.constrained_kernels(self.model) if constraints.is_deferred(target[1])
+        ]
         self._waiting = [(kernel, constraint) for _, kernel, constraint in waiting]
         self._batches, self._project_waiting = 0, None
         if waiting and self._period and self.model.steps_per_execution > 1:

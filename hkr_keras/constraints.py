@@ -54,7 +54,7 @@ class LipschitzConstraint(keras.constraints.Constraint):
         """A point of the constraint set made from freshly initialised weights."""
         return self.project(kernel)
 
-    def after(self, initializer) -> keras.initializers.Initializer:
+    def initializer(self, initializer) -> keras.initializers.Initializer:
         """An initializer that starts on the constraint set."""
         return _StartingFrom(keras.initializers.get(initializer or "glorot_uniform"), self)
 
@@ -213,19 +213,19 @@ def get(constraint) -> LipschitzConstraint:
     return constraint
 
 
-def waits(kernel) -> bool:
+def is_deferred(kernel) -> bool:
     """Whether no optimizer of Keras projects the kernel: it has no constraint, or `DeferredOrthonormal`.
 
     Example:
 
     >>> layer = keras.layers.Dense(2)
-    >>> layer.build((None, 4)), waits(layer.kernel)
+    >>> layer.build((None, 4)), is_deferred(layer.kernel)
     (None, True)
     """
     return kernel.constraint is None or isinstance(kernel.constraint, DeferredOrthonormal)
 
 
-def targets(model) -> Iterator[tuple[keras.layers.Layer, Any, LipschitzConstraint]]:
+def constrained_kernels(model) -> Iterator[tuple[keras.layers.Layer, Any, LipschitzConstraint]]:
     """Every `(layer, variable, constraint)` of a model to be projected: `Orthonormal` where a layer has no constraint.
 
     Frozen layers whose kernels wait for the callback are left out, and so are weights whose geometry is unknown
@@ -237,11 +237,11 @@ def targets(model) -> Iterator[tuple[keras.layers.Layer, Any, LipschitzConstrain
     Example:
 
     >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
-    >>> [type(constraint).__name__ for layer, kernel, constraint in targets(model)]
+    >>> [type(constraint).__name__ for layer, kernel, constraint in constrained_kernels(model)]
     ['Orthonormal']
     """
     for layer, kernel, geometry in model_kernels(model):
-        if layer.trainable or not waits(kernel):
+        if layer.trainable or not is_deferred(kernel):
             yield layer, kernel, Orthonormal().bind(geometry) if kernel.constraint is None else get(kernel.constraint)
 
 
@@ -269,7 +269,7 @@ def project(model, polish: bool = False) -> None:
     >>> bool(hkr.lipschitz_bound(model) < 1 + 1e-5)
     True
     """
-    for _, kernel, constraint in targets(model):
+    for _, kernel, constraint in constrained_kernels(model):
         value = ops.stop_gradient(ops.convert_to_tensor(kernel))
         kernel.assign(constraint.polish(value) if polish else constraint.project(value))
 

@@ -252,7 +252,7 @@ def tangent(matrices: Tensor, gradients: Tensor) -> Tensor:
     return gradients - ops.matmul(matrices, 0.5 * (product + ops.swapaxes(product, -1, -2)))
 
 
-def nearly_orthonormal(matrices: Tensor, steps: int = 5) -> Tensor:
+def polar_direction(matrices: Tensor, steps: int = 5) -> Tensor:
     """Roughly the nearest orthonormal matrices, from any start: all singular values that count end in [0.6, 1.3].
 
     A quintic iteration that trades precision for speed: it is for directions of a step, never for kernels, since it
@@ -268,7 +268,7 @@ def nearly_orthonormal(matrices: Tensor, steps: int = 5) -> Tensor:
     Example:
 
     >>> from keras import ops
-    >>> bool(ops.all(ops.abs(nearly_orthonormal(ops.diag([9.0, 0.1])) - ops.eye(2)) < 0.4))
+    >>> bool(ops.all(ops.abs(polar_direction(ops.diag([9.0, 0.1])) - ops.eye(2)) < 0.4))
     True
 
     Reference:

@@ -90,7 +90,7 @@ class StiefelMuon(keras.optimizers.Optimizer):
         tangent = linalg.tangent(kernel, geometry.to_matrices(gradient))
         total = self.momentum * geometry.to_matrices(ops.convert_to_tensor(momentum)) + tangent
         self.assign(momentum, geometry.from_matrices(total, variable.shape))
-        step = linalg.nearly_orthonormal(tangent + self.momentum * total) / geometry.gain
+        step = linalg.polar_direction(tangent + self.momentum * total) / geometry.gain
         self.assign_sub(variable, rate * geometry.from_matrices(step, variable.shape))
 
     def _adam(self, gradient, variable, rate, momentum, velocity):

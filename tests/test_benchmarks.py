@@ -209,7 +209,7 @@ def run_main(module, monkeypatch, *arguments):
 
 @pytest.mark.parametrize("size", [(12, 5), (5, 12), (3, 6, 4)])
 def test_projection_cost_times_a_projection_and_its_two_products(size):
-    w = projection_cost.nearly_orthonormal(*(1, *size)[-3:])
+    w = projection_cost.polar_direction(*(1, *size)[-3:])
     np.testing.assert_allclose(np.linalg.svd(w, compute_uv=False), 1, atol=5e-3)  # an ordinary step
     products = keras.ops.convert_to_numpy(projection_cost.products(keras.ops.convert_to_tensor(w)))
     np.testing.assert_allclose(products, w @ (w.swapaxes(1, 2) @ w), atol=1e-5)

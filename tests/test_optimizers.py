@@ -26,7 +26,7 @@ def test_tangent_turns_and_does_not_stretch(shape):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_nearly_orthonormal_is_near_the_polar_factor(shape):
     matrices = np.random.default_rng(1).normal(size=shape).astype("float32")
-    found = ops.convert_to_numpy(linalg.nearly_orthonormal(ops.convert_to_tensor(1e-20 * matrices)))
+    found = ops.convert_to_numpy(linalg.polar_direction(ops.convert_to_tensor(1e-20 * matrices)))
     u, _, v = np.linalg.svd(matrices, full_matrices=False)
     values = np.linalg.svd(found, compute_uv=False)
     assert values.min() > 0.6
@@ -34,7 +34,7 @@ def test_nearly_orthonormal_is_near_the_polar_factor(shape):
     np.testing.assert_allclose(
         u.swapaxes(-1, -2) @ found @ v.swapaxes(-1, -2) * (1 - np.eye(u.shape[-1])), 0, atol=0.02
     )
-    assert not ops.convert_to_numpy(linalg.nearly_orthonormal(ops.zeros(shape))).any()
+    assert not ops.convert_to_numpy(linalg.polar_direction(ops.zeros(shape))).any()
 
 
 def small(optimizer, seed=0):

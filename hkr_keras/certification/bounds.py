@@ -31,9 +31,9 @@ from hkr_keras.certification.checks import (
     overridden,
 )
 from hkr_keras.certification.singular_values import (
-    EPSILON,
+    MACHINE_EPSILON,
+    as_float64,
     convolution_bound,
-    host,
     kernel_bound,
     matrix_spectrum,
     separable_bound,
@@ -245,7 +245,7 @@ _register(
 
 def _reflection(layer) -> float:
     # The Jacobian I - 2 W D W^T, D diagonal in [0, 1], has eigenvalues in [1 - 2 |W|^2, 1].
-    return max(1.0, (2 * kernel_bound(layer, "kernel") ** 2 - 1) * (1 + 8 * EPSILON))
+    return max(1.0, (2 * kernel_bound(layer, "kernel") ** 2 - 1) * (1 + 8 * MACHINE_EPSILON))
 
 
 _register(_reflection, hkr_layers.SLLDense, hkr_layers.SLLConv2D)
@@ -274,7 +274,7 @@ _register(lambda layer: max(1.0, abs(layer.alpha)), _k.ELU)
 @layer_bound.register
 def _(layer: keras.layers.PReLU) -> float:
     check_built(layer)
-    return max(1.0, float(np.abs(host(layer.alpha)).max()))
+    return max(1.0, float(np.abs(as_float64(layer.alpha)).max()))
 
 
 @layer_bound.register
@@ -311,7 +311,7 @@ def _average_norm(k: int, stride: int, size: int | None, padding: str) -> float:
     """The norm in one dimension: of the explicit matrix when the size is known."""
     if size is None or size > 2048:
         if padding == "valid":
-            return convolution_bound(np.full((k, 1, 1, 1), 1 / k), (stride,)) * (1 + k * EPSILON)
+            return convolution_bound(np.full((k, 1, 1, 1), 1 / k), (stride,)) * (1 + k * MACHINE_EPSILON)
         return math.sqrt(overlap((k,), (stride,), (1,)))  # Keras divides by the cells inside, perhaps a single one
     count = (size - k) // stride + 1 if padding == "valid" else -(-size // stride)
     outside = 0 if padding == "valid" else max((count - 1) * stride + k - size, 0)
@@ -380,16 +380,18 @@ def _(layer: keras.layers.Rescaling) -> float:
 @layer_bound.register
 def _(layer: keras.layers.Normalization) -> float:
     check_built(layer)
-    mean, variance = host(layer.mean), host(layer.variance)
+    mean, variance = as_float64(layer.mean), as_float64(layer.variance)
     check_sizes(layer, (mean, variance))
     deviation = np.maximum(np.sqrt(variance), keras.config.epsilon() * (1 - 2**-23))
-    return float((deviation if layer.invert else 1 / deviation).max()) * (1 + 4 * EPSILON)
+    return float((deviation if layer.invert else 1 / deviation).max()) * (1 + 4 * MACHINE_EPSILON)
 
 
 @layer_bound.register
 def _(layer: keras.layers.BatchNormalization) -> float:
-    gain = host(layer.gamma) if layer.scale else np.ones(1)
-    return float((np.abs(gain) / np.sqrt(host(layer.moving_variance) + layer.epsilon)).max()) * (1 + 8 * EPSILON)
+    gain = as_float64(layer.gamma) if layer.scale else np.ones(1)
+    return float((np.abs(gain) / np.sqrt(as_float64(layer.moving_variance) + layer.epsilon)).max()) * (
+        1 + 8 * MACHINE_EPSILON
+    )
 
 
 # ---- layers with several inputs -------------------------------------------------------------------------
@@ -431,7 +433,7 @@ merge_bound.register(keras.layers.Minimum, _root_sum_squares)
 
 @merge_bound.register
 def _(layer: hkr_layers.LipschitzResidual, constants):
-    logits = host(layer.mixing_logits)
+    logits = as_float64(layer.mixing_logits)
     weights = np.exp(logits - logits.max())
     return (weights / weights.sum()) @ constants
 
@@ -441,11 +443,11 @@ def _(layer: hkr_layers.LipschitzResidual, constants):
 
 def _length(values) -> float:
     """An upper bound on the Euclidean norm; `hypot` neither overflows nor underflows to 0."""
-    return math.hypot(*values) * (1 + 8 * EPSILON)
+    return math.hypot(*values) * (1 + 8 * MACHINE_EPSILON)
 
 
 @dataclasses.dataclass(frozen=True)
-class Head:
+class AffineTail:
     """A tensor as `x W + b` of an earlier one: what sharpens bounds on single outputs and their differences.
 
     Args:
@@ -469,11 +471,11 @@ class Head:
     @staticmethod
     def _norms(columns: np.ndarray, rounding: float) -> np.ndarray:
         scale = max(float(np.abs(columns).max()), np.finfo(np.float64).tiny)  # tiny squares would vanish
-        return (scale * np.linalg.norm(columns / scale, axis=0) + rounding) * (1 + 4 * len(columns) * EPSILON)
+        return (scale * np.linalg.norm(columns / scale, axis=0) + rounding) * (1 + 4 * len(columns) * MACHINE_EPSILON)
 
 
 @dataclasses.dataclass(frozen=True)
-class Flow:
+class LipschitzState:
     """What is known of one tensor of a model.
 
     Args:
@@ -482,7 +484,7 @@ class Flow:
     """
 
     constants: np.ndarray
-    head: Head | None = None
+    tail: AffineTail | None = None
 
     @property
     def constant(self) -> float:
@@ -521,26 +523,28 @@ def walk(layer, states: list[State], apply: Apply, shapes: list | None = None) -
     return [apply(layer, states, shapes)]
 
 
-def flow_through(layer, flows: list[Flow], shapes: list) -> Flow:
+def state_through(layer, states: list[LipschitzState], shapes: list) -> LipschitzState:
     """The flow of the output of a layer, from those of its inputs."""
-    if len(flows) > 1:
-        return Flow(merge_bound(layer, np.stack([flow.constants for flow in flows])) * (1 + 8 * EPSILON))
-    flow, bound = flows[0], _bound(layer, shapes[0])
-    constants = _times(flow.constants, bound)
+    if len(states) > 1:
+        return LipschitzState(
+            merge_bound(layer, np.stack([state.constants for state in states])) * (1 + 8 * MACHINE_EPSILON)
+        )
+    state, bound = states[0], _bound(layer, shapes[0])
+    constants = _times(state.constants, bound)
     rule = layer_bound.dispatch(type(layer))  # a class with a bound of its own may compute anything
     if rule is _kernel_layer and isinstance(layer, keras.layers.Dense) and layer.activation is keras.activations.linear:
-        head = _behind(flow.head, host(layer.kernel), flow.constants)
-        if flow.head is not None:  # nothing but Dense layers since then: one matrix, no worse than its factors
-            whole = matrix_spectrum(head.matrix).bound + head.rounding
-            constants = np.minimum(constants, _times(flow.head.constants, whole))
-        return Flow(constants, head)
+        tail = _behind(state.tail, as_float64(layer.kernel), state.constants)
+        if state.tail is not None:  # nothing but Dense layers since then: one matrix, no worse than its factors
+            whole = matrix_spectrum(tail.matrix).bound + tail.rounding
+            constants = np.minimum(constants, _times(state.tail.constants, whole))
+        return LipschitzState(constants, tail)
     if rule is _one and isinstance(layer, (keras.layers.Dropout, keras.layers.Identity)):
-        return Flow(constants, flow.head)
-    if rule is _factor and flow.head is not None:
-        factor, size = abs(layer.k) * (1 + EPSILON), float(np.linalg.norm(flow.head.matrix))
-        rounding = factor * (flow.head.rounding + 2 * EPSILON * size)
-        return Flow(constants, Head(flow.head.matrix * layer.k, flow.head.constants, rounding))
-    return Flow(constants)
+        return LipschitzState(constants, state.tail)
+    if rule is _factor and state.tail is not None:
+        factor, size = abs(layer.k) * (1 + MACHINE_EPSILON), float(np.linalg.norm(state.tail.matrix))
+        rounding = factor * (state.tail.rounding + 2 * MACHINE_EPSILON * size)
+        return LipschitzState(constants, AffineTail(state.tail.matrix * layer.k, state.tail.constants, rounding))
+    return LipschitzState(constants)
 
 
 def constant_of(layer, shapes: list) -> float:
@@ -552,18 +556,18 @@ def constant_of(layer, shapes: list) -> float:
 
 def _times(constants: np.ndarray, bound: float) -> np.ndarray:
     """The product, rounded up; that of two tiny constants must not underflow to 0."""
-    product = constants * bound * (1 + 2 * EPSILON)
+    product = constants * bound * (1 + 2 * MACHINE_EPSILON)
     return np.where((constants > 0) & (bound > 0), np.maximum(product, np.finfo(np.float64).tiny), product)
 
 
-def _behind(head: Head | None, kernel: np.ndarray, constants: np.ndarray) -> Head:
+def _behind(tail: AffineTail | None, kernel: np.ndarray, constants: np.ndarray) -> AffineTail:
     """The head of a Dense layer, seen from the first of the Dense layers that end in it."""
-    if head is None:
-        return Head(kernel, constants)
-    length = float(np.linalg.norm(head.matrix) * np.linalg.norm(kernel))
-    rounding = head.rounding * float(np.linalg.norm(kernel)) + 4 * len(kernel) * EPSILON * length
+    if tail is None:
+        return AffineTail(kernel, constants)
+    length = float(np.linalg.norm(tail.matrix) * np.linalg.norm(kernel))
+    rounding = tail.rounding * float(np.linalg.norm(kernel)) + 4 * len(kernel) * MACHINE_EPSILON * length
     tiny = np.finfo(np.float64).tiny * kernel.size  # what can underflow in the product
-    return Head(head.matrix @ kernel, head.constants, rounding * (1 + 8 * EPSILON) + tiny)
+    return AffineTail(tail.matrix @ kernel, tail.constants, rounding * (1 + 8 * MACHINE_EPSILON) + tiny)
 
 
 def _walk_graph(model, states: list[State], apply: Apply, shapes: list) -> list[State]:
@@ -606,7 +610,7 @@ def model_inputs(model) -> list:
     return inputs
 
 
-def model_flows(model, apply: Apply = flow_through) -> list[Flow]:
+def model_states(model, apply: Apply = state_through) -> list[LipschitzState]:
     """The flows of the outputs of a model with respect to its inputs.
 
     Raises:
@@ -614,10 +618,10 @@ def model_flows(model, apply: Apply = flow_through) -> list[Flow]:
     """
     inputs = model_inputs(model)
     shapes = [None if tensor is None else tensor.shape for tensor in inputs]
-    return walk(model, [Flow(row) for row in np.eye(len(inputs))], apply, shapes)
+    return walk(model, [LipschitzState(row) for row in np.eye(len(inputs))], apply, shapes)
 
 
-def joint_constant(outputs: list[Flow]) -> float:
+def joint_constant(outputs: list[LipschitzState]) -> float:
     """The constant of all outputs of a model, seen as one vector."""
     return outputs[0].constant if len(outputs) == 1 else _length([output.constant for output in outputs])
 
@@ -649,7 +653,7 @@ def lipschitz_bound(model) -> float:
         Gouk et al., Machine Learning 110 (2021), for the composition of bounds.
     """
     if isinstance(model, keras.Model) and type(model) not in layer_bound.registry:
-        return joint_constant(model_flows(model))
+        return joint_constant(model_states(model))
     return _bound(model)
 
 
@@ -665,7 +669,7 @@ def _bound(layer, shape=None) -> float:
         check_built(layer)
     check_shape(layer, shape)
     for variable in getattr(layer, "weights", ()):
-        host(variable)
+        as_float64(variable)
     rule = layer_bound.dispatch(type(layer))
     bound = float(rule(layer, shape) if rule in _SIZED else rule(layer))
     if not 0 <= bound < math.inf:

@@ -294,7 +294,7 @@ def certify(model, x, batch_size: int = 128, verbose="auto", rigorous: bool = Fa
     found = evaluate(model, x, batch_size, verbose, rigorous)
     if found.outputs.ndim not in (1, 2):
         raise ValueError(f"Expected outputs of shape (n, 1) or (n, classes). Received: shape={found.outputs.shape}")
-    if found.flow.constant == 0.0:
+    if found.state.constant == 0.0:
         raise ValueError("Expected a model that depends on its input. Received: a model with Lipschitz constant 0")
     if found.is_score:
         if found.one_sided:
@@ -311,16 +311,16 @@ def certify(model, x, batch_size: int = 128, verbose="auto", rigorous: bool = Fa
     for label in np.unique(prediction):
         chosen = prediction == label
         radius[chosen] = found.rival_radii(label, chosen).min(axis=1)
-    method = "logits" if found.flow.head is None else "pairwise"
+    method = "logits" if found.state.tail is None else "pairwise"
     return _certificate(found, radius, prediction, found.outputs.shape[1], method)
 
 
 def _certificate(found, radius, prediction, classes: int, method: str) -> Certificate:
-    return Certificate(radius, prediction, found.flow.constant, classes, method, **found.identity)
+    return Certificate(radius, prediction, found.state.constant, classes, method, **found.identity)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class TopK:
+class TopKCertificate:
     """What `certify_top_k` proved.
 
     Args:
@@ -344,7 +344,7 @@ class TopK:
         return float((self.radius[np.arange(len(labels)), labels] > epsilon).mean())
 
 
-def certify_top_k(model, x, k: int, batch_size: int = 128, verbose="auto", rigorous: bool = False) -> TopK:
+def certify_top_k(model, x, k: int, batch_size: int = 128, verbose="auto", rigorous: bool = False) -> TopKCertificate:
     """Proves for every input and class a radius within which the class stays among the k largest logits.
 
     At most k - 1 rivals can be in front of a class within the k-th smallest of its pairwise radii.
@@ -373,11 +373,11 @@ def certify_top_k(model, x, k: int, batch_size: int = 128, verbose="auto", rigor
         )
     everyone = np.ones(len(found.outputs), dtype=bool)
     radius = np.stack([np.sort(found.rival_radii(label, everyone), axis=1)[:, k - 1] for label in range(classes)], 1)
-    return TopK(radius, k, found.flow.constant, rigorous)
+    return TopKCertificate(radius, k, found.state.constant, rigorous)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Intervals:
+class OutputCertificate:
     """What `certify_outputs` proved: every output stays between `lower` and `upper`.
 
     Args:
@@ -426,7 +426,7 @@ class Intervals:
 
 def certify_outputs(
     model, x, epsilon: float, batch_size: int = 128, verbose="auto", rigorous: bool = False
-) -> Intervals:
+) -> OutputCertificate:
     """Proves how far every output can move when the input moves by at most epsilon: regression, scores, AUROC.
 
     Each output by itself: with a final Dense layer, the norm of its own weights times the constant of everything
@@ -437,7 +437,7 @@ def certify_outputs(
         epsilon: L2 distance in input units, at least 0.
 
     Returns:
-        `Intervals` with `value`, `lower` and `upper`, and `auroc(y)` for a single score.
+        `OutputCertificate` with `value`, `lower` and `upper`, and `auroc(y)` for a single score.
 
     Raises:
         ValueError: as `certify`; for a negative epsilon.
@@ -453,7 +453,7 @@ def certify_outputs(
     _check_epsilon(epsilon)
     found = evaluate(model, x, batch_size, verbose, rigorous)
     change, rounding = found.of_outputs()
-    farthest = epsilon + found.moved[:, None]
+    farthest = epsilon + found.input_rounding[:, None]
     width = farthest * change
     if rounding is not None:
         width = width + rounding(farthest)
@@ -461,4 +461,4 @@ def certify_outputs(
     sizes = len(found.outputs), math.prod(found.outputs.shape[1:])
     width = np.broadcast_to(width / ROUNDED_DOWN, sizes).reshape(found.outputs.shape)
     lower, upper = found.centre - width, found.centre + width
-    return Intervals(found.outputs, lower, upper, epsilon, found.flow.constant, rigorous)
+    return OutputCertificate(found.outputs, lower, upper, epsilon, found.state.constant, rigorous)

@@ -11,7 +11,7 @@ import numpy as np
 from hkr_keras._version import __version__
 from hkr_keras.certification import bounds
 from hkr_keras.certification.checks import check_model_shapes
-from hkr_keras.certification.rounding import LARGEST, TINY, Affine, Tracer, norms
+from hkr_keras.certification.rounding import LARGEST, SMALLEST_NORMAL, Affine, Tracer, norms
 
 ROUNDED_DOWN = 1 - 1e-9  # covers the float64 rounding of whatever the radius is made of
 
@@ -76,15 +76,15 @@ class Evaluation:
 
     outputs: np.ndarray
     centre: np.ndarray
-    off: np.ndarray
-    flow: bounds.Flow
+    centre_error: np.ndarray
+    state: bounds.LipschitzState
     one_sided: bool
     identity: dict
     error: Affine | None
-    before: Affine | None
-    since: Affine | None
+    error_before_tail: Affine | None
+    error_after_tail: Affine | None
     largest: Affine | None
-    moved: np.ndarray
+    input_rounding: np.ndarray
 
     @property
     def is_score(self) -> bool:
@@ -92,34 +92,36 @@ class Evaluation:
 
     def of_outputs(self) -> tuple[np.ndarray, Affine | None]:
         """How far each single output moves per unit, `(outputs,)` or `(1,)`, and what rounding adds, `(n, same)`."""
-        head = self.flow.head
-        if head is None or self.outputs.ndim != 2:
-            return np.array([self.flow.constant]), self._combined(0.0, self.error)
-        before = bounds.Flow(head.constants).constant
-        lengths = head.lengths()
-        return np.minimum(before * lengths, self.flow.constant), self._combined(lengths, self.since)
+        tail = self.state.tail
+        if tail is None or self.outputs.ndim != 2:
+            return np.array([self.state.constant]), self._combined(0.0, self.error)
+        constant = bounds.LipschitzState(tail.constants).constant
+        lengths = tail.lengths()
+        return np.minimum(constant * lengths, self.state.constant), self._combined(lengths, self.error_after_tail)
 
     def rival_radii(self, label: int, chosen: np.ndarray) -> np.ndarray:
         """Radii within which a class stays in front of each other one, `(chosen, classes - 1)`."""
         others = np.arange(self.outputs.shape[1]) != label
         margin = self.centre[chosen][:, [label]] - self.centre[chosen][:, others]
-        head = self.flow.head
-        if head is None:
-            change, since = np.full(others.sum(), math.sqrt(2) * self.flow.constant), self.error
+        tail = self.state.tail
+        if tail is None:
+            change, error_after_tail = np.full(others.sum(), math.sqrt(2) * self.state.constant), self.error
             lengths = 0.0
         else:
-            lengths, since = head.differences_from(label)[others], self.since
-            change = bounds.Flow(head.constants).constant * lengths
-        return self.radii(margin, change, self._combined(lengths, since, math.sqrt(2)), chosen)
+            lengths, error_after_tail = tail.differences_from(label)[others], self.error_after_tail
+            change = bounds.LipschitzState(tail.constants).constant * lengths
+        return self.radii(margin, change, self._combined(lengths, error_after_tail, math.sqrt(2)), chosen)
 
-    def _combined(self, lengths, since: Affine | None, factor: float = 1.0) -> Affine | None:
-        if since is None:
+    def _combined(self, lengths, error_after_tail: Affine | None, factor: float = 1.0) -> Affine | None:
+        if error_after_tail is None:
             return None
-        columns = Affine((since.constant + self.off)[:, None] * factor, since.slope[:, None] * factor)
-        if self.before is None:
+        columns = Affine(
+            (error_after_tail.constant + self.centre_error)[:, None] * factor, error_after_tail.slope[:, None] * factor
+        )
+        if self.error_before_tail is None:
             return columns
-        before = Affine(self.before.constant[:, None], self.before.slope[:, None])
-        return before.times(lengths) + columns
+        error_before_tail = Affine(self.error_before_tail.constant[:, None], self.error_before_tail.slope[:, None])
+        return error_before_tail.times(lengths) + columns
 
     @np.errstate(divide="ignore", invalid="ignore", over="ignore")
     def radii(self, margin, change, rounding: Affine | None, chosen=slice(None)) -> np.ndarray:
@@ -128,7 +130,7 @@ class Evaluation:
             margin = margin - rounding.constant[chosen] / ROUNDED_DOWN
             change = change + rounding.slope[chosen]
         radii = np.where(margin > 0, margin / change * ROUNDED_DOWN, 0.0)
-        radii = np.minimum(radii, self.reach()[chosen][:, None]) - self.moved[chosen][:, None]
+        radii = np.minimum(radii, self.reach()[chosen][:, None]) - self.input_rounding[chosen][:, None]
         return np.where(radii > 0, radii, 0.0)  # NaN included
 
     @np.errstate(invalid="ignore", over="ignore")
@@ -151,17 +153,17 @@ def evaluate(model, x, batch_size: int, verbose, rigorous: bool) -> Evaluation:
     arrays = check_inputs(model, x)
     one_sided: dict[int, bool] = {}  # which tensors cannot change their sign
 
-    def apply(layer, flows, shapes):
-        output = bounds.flow_through(layer, flows, shapes)
-        one_sided[id(output)] = _is_one_sided(layer, [one_sided.get(id(flow), False) for flow in flows])
+    def apply(layer, states, shapes):
+        output = bounds.state_through(layer, states, shapes)
+        one_sided[id(output)] = _is_one_sided(layer, [one_sided.get(id(state), False) for state in states])
         return output
 
-    flows = bounds.model_flows(model, apply)
-    if len(flows) != 1:
-        raise ValueError(f"Expected a model with one output. Received: {len(flows)} outputs")
-    centre, off = None, np.zeros(len(arrays[0]))
-    error, before, since, largest = None, None, None, None
-    moved = distance_moved(arrays)
+    states = bounds.model_states(model, apply)
+    if len(states) != 1:
+        raise ValueError(f"Expected a model with one output. Received: {len(states)} outputs")
+    centre, centre_error = None, np.zeros(len(arrays[0]))
+    error, error_before_tail, error_after_tail, largest = None, None, None, None
+    input_rounding = distance_moved(arrays)
     if rigorous:
         _check_rigorous(model)
         arrays = [array.astype(np.float32) for array in arrays]
@@ -174,16 +176,30 @@ def evaluate(model, x, batch_size: int, verbose, rigorous: bool) -> Evaluation:
     if not np.isfinite(outputs).all():
         raise ValueError("Expected finite outputs. Received: NaN or infinite scores or logits")
     if rigorous:
-        centre, off, (error, before, since, largest) = _trace(model, arrays, outputs, batch_size, verbose)
+        centre, centre_error, (error, error_before_tail, error_after_tail, largest) = _trace(
+            model, arrays, outputs, batch_size, verbose
+        )
     identity = {
         "rigorous": rigorous,
         "dimension": sum(math.prod(array.shape[1:]) for array in arrays),
         "model": model_hash(model),
         "versions": versions(model),
     }
-    sided = one_sided.get(id(flows[0]), False)
+    sided = one_sided.get(id(states[0]), False)
     centre = outputs if centre is None else centre
-    return Evaluation(outputs, centre, off, flows[0], sided, identity, error, before, since, largest, moved)
+    return Evaluation(
+        outputs,
+        centre,
+        centre_error,
+        states[0],
+        sided,
+        identity,
+        error,
+        error_before_tail,
+        error_after_tail,
+        largest,
+        input_rounding,
+    )
 
 
 def _predict(model, x, size: int, batch_size: int, verbose) -> np.ndarray:
@@ -274,15 +290,20 @@ def _trace(model, arrays: list[np.ndarray], outputs, batch_size: int, verbose):
         rows = slice(start, start + batch_size)
         trace, largest = tracer([array[rows] for array in arrays])
         centre = trace.value.astype(np.float64)
-        deviation, allowed = norms(centre - outputs[rows]), (trace.error.constant + trace.off) / ROUNDED_DOWN
+        deviation, allowed = norms(centre - outputs[rows]), (trace.error.constant + trace.centre_error) / ROUNDED_DOWN
         if (deviation > allowed).any():
             raise ValueError(
                 "Expected predictions within float32 rounding of the layers, one by one: is a reduced precision in "
                 f"use? Received: predictions that differ by {deviation.max()}, where {allowed.min()} is allowed"
             )
         centres.append(centre)
-        offs.append(trace.off)
-        parts.append([_full(bound, len(centre)) for bound in (trace.error, trace.before, trace.since, largest)])
+        offs.append(trace.centre_error)
+        parts.append(
+            [
+                _full(bound, len(centre))
+                for bound in (trace.error, trace.error_before_tail, trace.error_after_tail, largest)
+            ]
+        )
         bar.update(step + 1)
     found = [
         None if column[0] is None else Affine(*np.concatenate(column, axis=1)) for column in zip(*parts, strict=True)
@@ -306,10 +327,10 @@ def _check_rigorous(model) -> None:
         )
     for weight in model.weights:
         values = np.abs(np.asarray(keras.ops.convert_to_numpy(weight.value), dtype=np.float64))
-        if ((values > 0) & (values < TINY)).any():
+        if ((values > 0) & (values < SMALLEST_NORMAL)).any():
             raise ValueError(
                 "Expected no subnormal weights, which some machines take for 0: set those below 2^-126 to 0. "
-                f"Received: {weight.path} with {int(((values > 0) & (values < TINY)).sum())} subnormal entries"
+                f"Received: {weight.path} with subnormal entries"
             )
     numbers = np.full((64, 64), 1 + 2.0**-20, dtype="float32")
     kernel = np.eye(64, dtype="float32")

@@ -24,14 +24,14 @@ from keras import ops
 
 from hkr_keras import layers as hkr_layers
 from hkr_keras.certification import bounds
-from hkr_keras.certification.bounds import Flow
+from hkr_keras.certification.bounds import LipschitzState
 from hkr_keras.certification.checks import check_is_itself
-from hkr_keras.certification.singular_values import absolute_bound, host, kernel_bound
+from hkr_keras.certification.singular_values import absolute_bound, as_float64, kernel_bound
 from hkr_keras.geometry import kernel_geometries
 from hkr_keras.layers.base import ComposedKernel
 
-UNIT = 2.0**-24  # unit roundoff of float32
-TINY = 2.0**-126  # what flushing a subnormal number to 0 changes at most
+UNIT_ROUNDOFF = 2.0**-24  # unit roundoff of float32
+SMALLEST_NORMAL = 2.0**-126  # what flushing a subnormal number to 0 changes at most
 LARGEST = 2.0**60  # above, sums of squares may overflow: nothing is certified there
 
 
@@ -43,12 +43,12 @@ def accumulated(operations: float) -> float:
 
     Example:
 
-    >>> accumulated(100) < 101 * UNIT
+    >>> accumulated(100) < 101 * UNIT_ROUNDOFF
     True
     """
-    if operations * UNIT >= 0.25:
+    if operations * UNIT_ROUNDOFF >= 0.25:
         raise ValueError(f"Expected sums of fewer than 2^22 terms in float32. Received: {operations} terms")
-    return operations * UNIT / (1 - operations * UNIT)
+    return operations * UNIT_ROUNDOFF / (1 - operations * UNIT_ROUNDOFF)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +123,7 @@ def relative(factor: float, absolute: float = 0.0, gain: float = 1.0) -> Rule:
     """
 
     def rule(x, y):
-        flushed = 8 * (1 + gain) * TINY * (_size(x) + _size(y))
+        flushed = 8 * (1 + gain) * SMALLEST_NORMAL * (_size(x) + _size(y))
         return Rounding(factor * norms(x) + absolute * _size(y) + flushed, factor)
 
     return rule
@@ -144,13 +144,15 @@ for _cls in _EXACT:
     layer_rounding.register(_cls, lambda layer: relative(0.0))
 
 for _cls in (hkr_layers.GroupSort, hkr_layers.MaxMin):  # a difference and two sums
-    layer_rounding.register(_cls, lambda layer: relative(4 * UNIT))
-layer_rounding.register(hkr_layers.Householder, lambda layer: relative(36 * UNIT))  # sines and cosines of the angle
+    layer_rounding.register(_cls, lambda layer: relative(4 * UNIT_ROUNDOFF))
+layer_rounding.register(
+    hkr_layers.Householder, lambda layer: relative(36 * UNIT_ROUNDOFF)
+)  # sines and cosines of the angle
 
 
 def _multiplied(factor: float, offset: float = 0.0) -> Rule:
     """A number that is rounded, perhaps flushed, and multiplied; then another one that is added."""
-    return relative(4 * UNIT * factor + 2 * TINY, 4 * UNIT * offset, gain=factor)
+    return relative(4 * UNIT_ROUNDOFF * factor + 2 * SMALLEST_NORMAL, 4 * UNIT_ROUNDOFF * offset, gain=factor)
 
 
 layer_rounding.register(hkr_layers.Scale, lambda layer: _multiplied(abs(layer.k)))
@@ -174,7 +176,7 @@ def _check_activation(layer) -> None:
 @layer_rounding.register
 def _(layer: keras.layers.Activation) -> Rule:
     _check_activation(layer)
-    return relative(2 * UNIT)
+    return relative(2 * UNIT_ROUNDOFF)
 
 
 def _largest(*arrays) -> float:
@@ -189,26 +191,30 @@ def _(layer: keras.layers.Rescaling) -> Rule:
 @layer_rounding.register
 def _(layer: keras.layers.Normalization) -> Rule:
     bound = bounds.lipschitz_bound(layer)
-    return relative(16 * UNIT * bound, 16 * UNIT * max(bound, 1.0) * _largest(host(layer.mean)), gain=bound)
+    return relative(
+        16 * UNIT_ROUNDOFF * bound, 16 * UNIT_ROUNDOFF * max(bound, 1.0) * _largest(as_float64(layer.mean)), gain=bound
+    )
 
 
 @layer_rounding.register
 def _(layer: keras.layers.BatchNormalization) -> Rule:
-    variance = host(layer.moving_variance)
+    variance = as_float64(layer.moving_variance)
     if (variance < 0).any() or (variance + layer.epsilon < 1e-30).any():
         raise ValueError(
             "Expected variances of at least 0, and 1e-30 with epsilon, for a rigorous certificate. Received: "
             f"{layer.name} with a variance of {variance.min()} and epsilon={layer.epsilon}"
         )
     bound = bounds.lipschitz_bound(layer)
-    shift = bound * _largest(host(layer.moving_mean)) + (_largest(host(layer.beta)) if layer.center else 0.0)
-    return relative(16 * UNIT * bound, 16 * UNIT * shift, gain=bound)
+    shift = bound * _largest(as_float64(layer.moving_mean)) + (
+        _largest(as_float64(layer.beta)) if layer.center else 0.0
+    )
+    return relative(16 * UNIT_ROUNDOFF * bound, 16 * UNIT_ROUNDOFF * shift, gain=bound)
 
 
 @layer_rounding.register
 def _(layer: hkr_layers.BatchCentering) -> Rule:
-    shift = _largest(host(layer.moving_mean)) + (_largest(host(layer.bias)) if layer.center else 0.0)
-    return relative(4 * UNIT, 4 * UNIT * shift)
+    shift = _largest(as_float64(layer.moving_mean)) + (_largest(as_float64(layer.bias)) if layer.center else 0.0)
+    return relative(4 * UNIT_ROUNDOFF, 4 * UNIT_ROUNDOFF * shift)
 
 
 @layer_rounding.register
@@ -217,15 +223,15 @@ def _(layer: hkr_layers.LayerCentering) -> Rule:
 
     def rule(x, y):
         terms = math.prod(x.shape[axis] for axis in axes)
-        shift = _largest(host(layer.bias)) if layer.center else 0.0
-        return relative(accumulated(terms + 8), 4 * UNIT * shift + _flushed(terms))(x, y)
+        shift = _largest(as_float64(layer.bias)) if layer.center else 0.0
+        return relative(accumulated(terms + 8), 4 * UNIT_ROUNDOFF * shift + _flushed(terms))(x, y)
 
     return rule
 
 
 def _flushed(cells: int) -> float:
     """What flushing every product of a mean over that many cells, times its root, changes at most."""
-    return TINY * (4 * cells + 8) * math.sqrt(cells)
+    return SMALLEST_NORMAL * (4 * cells + 8) * math.sqrt(cells)
 
 
 def _cells(layer, x) -> int:
@@ -249,7 +255,7 @@ def _l2_norm_pooling(layer) -> Rule:
     def rule(x, y):
         _check_convolution(layer, x)
         cells = _cells(layer, x)
-        return relative(accumulated(cells + 8), 1e-12 * 8 * UNIT + 1e-25 * cells**2)(x, y)
+        return relative(accumulated(cells + 8), 1e-12 * 8 * UNIT_ROUNDOFF + 1e-25 * cells**2)(x, y)
 
     return rule
 
@@ -318,26 +324,35 @@ def _kernel_layer(layer) -> Rule:
         math.prod(kernels[name]) // geometry.outputs(kernels[name])
         for name, geometry in kernel_geometries(layer).items()
     )
-    bias = host(layer.bias) if layer.use_bias else np.zeros(1)
+    bias = as_float64(layer.bias) if layer.use_bias else np.zeros(1)
     gamma = accumulated(terms + len(names) + 1)
     if len(names) == 1:
-        sums, linear = UNIT + terms * UNIT * (0.5 + gamma), terms * UNIT / 2 * kernel_bound(layer, names[0])
+        sums, linear = (
+            UNIT_ROUNDOFF + terms * UNIT_ROUNDOFF * (0.5 + gamma),
+            terms * UNIT_ROUNDOFF / 2 * kernel_bound(layer, names[0]),
+        )
     else:
         sums, linear = gamma, 0.0
-    last = 2 * UNIT if layer.activation is keras.activations.leaky_relu else 0.0
+    last = 2 * UNIT_ROUNDOFF if layer.activation is keras.activations.leaky_relu else 0.0
     # Between the two kernels of a separable convolution numbers can be flushed, and overflow, too.
     inner = absolute_bound(layer, names[0]) if len(names) == 2 else 0.0
     outer = absolute_bound(layer, names[1]) if len(names) == 2 else 0.0
     between = math.prod(getattr(layer, names[0]).shape[-2:]) if len(names) == 2 else 0.0  # channels there
-    slope = sums * absolute + UNIT * inner + linear + last * math.prod(kernel_bound(layer, name) for name in names)
+    slope = (
+        sums * absolute + UNIT_ROUNDOFF * inner + linear + last * math.prod(kernel_bound(layer, name) for name in names)
+    )
 
     def rule(x, y):
         _check_convolution(layer, x)
         copies = math.sqrt(y[0].size / len(bias)) if layer.use_bias else 0.0
         absolute_sums = norms(ops.convert_to_numpy(twin(np.abs(x)))) * (1 + 2 * gamma)
         shift = gamma * float(np.linalg.norm(bias)) * copies
-        underflow = TINY * ((4 * terms + 8) * (_size(y) + outer * between * _size(y)) + 2 * absolute * _size(x))
-        at_centre = sums * absolute_sums + (UNIT * inner + linear) * norms(x) + shift + last * norms(y) + underflow
+        underflow = SMALLEST_NORMAL * (
+            (4 * terms + 8) * (_size(y) + outer * between * _size(y)) + 2 * absolute * _size(x)
+        )
+        at_centre = (
+            sums * absolute_sums + (UNIT_ROUNDOFF * inner + linear) * norms(x) + shift + last * norms(y) + underflow
+        )
         return Rounding(at_centre, slope)
 
     return rule
@@ -379,9 +394,9 @@ def _weighted(weights: Callable[[Any, int], tuple[np.ndarray, float]]) -> Callab
     def of(layer) -> Rule:
         def rule(xs, y):
             shares, factor = weights(layer, len(xs))
-            slopes = tuple(factor * share + 2 * TINY for share in shares)
+            slopes = tuple(factor * share + 2 * SMALLEST_NORMAL for share in shares)
             at_centre = sum(slope * norms(x) for slope, x in zip(slopes, xs, strict=True))
-            return Rounding(at_centre + 16 * TINY * len(xs) * _size(y), slopes)
+            return Rounding(at_centre + 16 * SMALLEST_NORMAL * len(xs) * _size(y), slopes)
 
         return rule
 
@@ -389,7 +404,7 @@ def _weighted(weights: Callable[[Any, int], tuple[np.ndarray, float]]) -> Callab
 
 
 def _mixing(layer, count):
-    logits = host(layer.mixing_logits)
+    logits = as_float64(layer.mixing_logits)
     weights = np.exp(logits - logits.max())
     return weights / weights.sum(), accumulated(count + 32 + 2 * math.ceil(np.ptp(logits)))
 
@@ -411,35 +426,37 @@ class Trace:
 
     Args:
         value: at the inputs, `(n, ...)`: as float32 computes it, or nearer to the truth.
-        off: bound on the distance between `value` and the exact tensor, `(n,)`.
-        flow: in exact arithmetic.
+        centre_error: bound on the distance between `value` and the exact tensor, `(n,)`.
+        state: in exact arithmetic.
         error: bound on the distance between the deployed and the exact tensor, anywhere in the ball.
-        before: of the tensor from which the flow's head starts; `None` without a head.
-        since: what has been added to the error since that tensor, when it is left out; `None` without a head.
+        error_before_tail: of the tensor from which the affine tail starts; `None` without one.
+        error_after_tail: what has been added to the error since that tensor, when it is left out; `None` without one.
     """
 
     value: np.ndarray
-    off: np.ndarray
-    flow: Flow
+    centre_error: np.ndarray
+    state: LipschitzState
     error: Affine
-    before: Affine | None = None
-    since: Affine | None = None
+    error_before_tail: Affine | None = None
+    error_after_tail: Affine | None = None
 
     def spread(self) -> Affine:
         """Bound on the distance between the deployed tensor, anywhere in the ball, and `value`."""
-        return Affine(self.error.constant + self.off, self.flow.constant + self.error.slope)
+        return Affine(self.error.constant + self.centre_error, self.state.constant + self.error.slope)
 
     def in_float32(self) -> "Trace":
         """The same with a value that layers can take."""
         single = self.value.astype(np.float32)
-        return dataclasses.replace(self, value=single, off=self.off + norms(self.value - single.astype(np.float64)))
+        return dataclasses.replace(
+            self, value=single, centre_error=self.centre_error + norms(self.value - single.astype(np.float64))
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class _Known:
     """What depends on a layer and its weights alone."""
 
-    flow: Flow
+    state: LipschitzState
     rule: Rule
     bound: float
     exact: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]] | None
@@ -465,12 +482,15 @@ class Tracer:
             known, position = self._known[position], position + 1
             output, added = _output(layer, traces, known)
             reached = Affine(norms(output.value), 0.0) + output.spread()
-            largest = largest.larger(reached).larger(added.times(1 / UNIT))  # partial sums are below what they may lose
+            largest = largest.larger(reached).larger(
+                added.times(1 / UNIT_ROUNDOFF)
+            )  # partial sums are below what they may lose
             return output
 
         rows = np.eye(len(arrays))
         traces = [
-            Trace(array, nothing, Flow(row), Affine(nothing, 0.0)) for array, row in zip(arrays, rows, strict=True)
+            Trace(array, nothing, LipschitzState(row), Affine(nothing, 0.0))
+            for array, row in zip(arrays, rows, strict=True)
         ]
         for trace in traces:
             largest = largest.larger(Affine(norms(trace.value), 1.0))
@@ -483,7 +503,7 @@ def _known(layer, traces: list[Trace], shapes) -> _Known:
     rule = registered(layer)
     check_is_itself(layer, registered.registry)  # a subclass with a bound of its own may compute anything
     return _Known(
-        flow=bounds.flow_through(layer, [trace.flow for trace in traces], shapes),
+        state=bounds.state_through(layer, [trace.state for trace in traces], shapes),
         rule=rule,
         bound=bounds.constant_of(layer, [trace.value.shape for trace in traces]),
         exact=_in_float64(layer) if layer_rounding.dispatch(type(layer)) is _kernel_layer else None,
@@ -494,14 +514,14 @@ def _in_float64(layer):
     """A Dense layer on the host, and what float64 may be off by: the widest sums are in these layers."""
     if not isinstance(layer, keras.layers.Dense) or layer.activation not in (_LINEAR, _RELU):
         return None
-    kernel, bias = host(layer.kernel), host(layer.bias) if layer.use_bias else np.zeros(layer.units)
+    kernel, bias = as_float64(layer.kernel), as_float64(layer.bias) if layer.use_bias else np.zeros(layer.units)
     error = (len(kernel) + 4) * 2.0**-51
     sizes = float(np.linalg.norm(kernel)), float(np.linalg.norm(bias))
 
     def exact(x):
         y = x.astype(np.float64) @ kernel + bias
-        off = error * (sizes[0] * norms(x) + sizes[1] * math.sqrt(y[0].size / len(bias)))
-        return (np.maximum(y, 0.0) if layer.activation is _RELU else y), off
+        centre_error = error * (sizes[0] * norms(x) + sizes[1] * math.sqrt(y[0].size / len(bias)))
+        return (np.maximum(y, 0.0) if layer.activation is _RELU else y), centre_error
 
     return exact
 
@@ -515,13 +535,13 @@ def _output(layer, traces: list[Trace], known: _Known) -> tuple[Trace, Affine]:
     values = [trace.value for trace in singles]
     arguments = values if len(values) > 1 else values[0]
     if known.exact is not None:
-        value, off = known.exact(traces[0].value)
+        value, centre_error = known.exact(traces[0].value)
         rounding = known.rule(arguments, value)
-        off = traces[0].off * known.bound + off
+        centre_error = traces[0].centre_error * known.bound + centre_error
     else:
         value = np.asarray(ops.convert_to_numpy(layer(arguments)))
         rounding = known.rule(arguments, value)
-        off = _carried(layer, [trace.off for trace in singles], known.bound) + rounding.at_centre
+        centre_error = _carried(layer, [trace.centre_error for trace in singles], known.bound) + rounding.at_centre
     slopes = rounding.slope if isinstance(rounding.slope, tuple) else (rounding.slope,)
     added = Affine(rounding.at_centre, 0.0)
     for slope, single in zip(slopes, singles, strict=True):
@@ -530,13 +550,17 @@ def _output(layer, traces: list[Trace], known: _Known) -> tuple[Trace, Affine]:
         _carried(layer, [np.broadcast_to(part, len(value)) for part in parts], known.bound)
         for parts in ([trace.error.constant for trace in traces], [trace.error.slope for trace in traces])
     )
-    output = Trace(value, off, known.flow, Affine(constant, grows) + added)
-    if known.flow.head is None:
+    output = Trace(value, centre_error, known.state, Affine(constant, grows) + added)
+    if known.state.tail is None:
         return output, added
     trace = traces[0]
-    if trace.before is None or trace.since is None:
-        return dataclasses.replace(output, before=trace.error, since=added), added
-    return dataclasses.replace(output, before=trace.before, since=trace.since.times(known.bound) + added), added
+    if trace.error_before_tail is None or trace.error_after_tail is None:
+        return dataclasses.replace(output, error_before_tail=trace.error, error_after_tail=added), added
+    return dataclasses.replace(
+        output,
+        error_before_tail=trace.error_before_tail,
+        error_after_tail=trace.error_after_tail.times(known.bound) + added,
+    ), added
 
 
 def _carried(layer, distances: list[np.ndarray], bound: float) -> np.ndarray:

@@ -16,7 +16,7 @@ from keras import ops
 
 from hkr_keras.geometry import Geometry, kernel_geometries, overlap
 
-EPSILON = float(np.finfo(np.float64).eps)
+MACHINE_EPSILON = float(np.finfo(np.float64).eps)
 
 _SLACK = 2e-4  # of the eigenvalues between the points where they are computed
 _CHUNK = 2**25  # bytes of Gram matrices held at a time
@@ -33,7 +33,7 @@ class Spectrum:
     bound: float
 
 
-def host(variable) -> np.ndarray:
+def as_float64(variable) -> np.ndarray:
     """Weights as float64 on the host.
 
     Raises:
@@ -88,7 +88,7 @@ def matrix_spectrum(matrices: np.ndarray) -> Spectrum:
     transposed = np.swapaxes(a, -1, -2)
     eigenvalues = np.linalg.eigvalsh(a @ transposed if a.shape[-2] < a.shape[-1] else transposed @ a)
     smallest, largest = (scale * math.sqrt(max(0.0, float(value))) for value in (eigenvalues.min(), eigenvalues.max()))
-    return Spectrum(smallest, largest, largest * (1.0 + 16 * a.shape[-2] * a.shape[-1] * EPSILON))
+    return Spectrum(smallest, largest, largest * (1.0 + 16 * a.shape[-2] * a.shape[-1] * MACHINE_EPSILON))
 
 
 def nonnegative_norm_bound(matrices: np.ndarray) -> float:
@@ -97,7 +97,7 @@ def nonnegative_norm_bound(matrices: np.ndarray) -> float:
     Nearly tight when rows, and columns, are of similar weight, as in the absolute values of a kernel.
     """
     columns, rows = matrices.sum(axis=-2).max(axis=-1), matrices.sum(axis=-1).max(axis=-1)
-    return float(np.sqrt(columns * rows).max()) * (1.0 + 4 * sum(matrices.shape[-2:]) * EPSILON)
+    return float(np.sqrt(columns * rows).max()) * (1.0 + 4 * sum(matrices.shape[-2:]) * MACHINE_EPSILON)
 
 
 # ---- convolutions ---------------------------------------------------------------------------------------
@@ -150,7 +150,7 @@ def _convolution_spectrum(blocks, strides, with_smallest: bool) -> Spectrum:
     order = products.shape[-1]
     centre = products[len(products) // 2]  # shift 0: the mean of the Gram matrices over all frequencies
     found = float(np.linalg.eigvalsh(centre).max())
-    rounding = 4 * EPSILON * order * (len(taps) * (sum(taps.shape[-2:]) * len(shifts) + 16) + order + 8)
+    rounding = 4 * MACHINE_EPSILON * order * (len(taps) * (sum(taps.shape[-2:]) * len(shifts) + 16) + order + 8)
     whole = _bound_without_grid(products, found)
     if whole > (1 + _SLACK) * found:
         sizes = _grid(window, order)
@@ -165,7 +165,7 @@ def _convolution_spectrum(blocks, strides, with_smallest: bool) -> Spectrum:
     return Spectrum(
         smallest=scale * math.sqrt(max(0.0, smallest)),
         largest=scale * math.sqrt(found),
-        bound=scale * math.sqrt(whole * (1 + rounding)) * (1 + 8 * EPSILON),
+        bound=scale * math.sqrt(whole * (1 + rounding)) * (1 + 8 * MACHINE_EPSILON),
     )
 
 
@@ -183,7 +183,7 @@ def _bound_without_grid(products: np.ndarray, found: float) -> float:
     s = np.ones((*absolute.shape[:-1], 1))
     for _ in range(50):
         s = absolute @ s
-        s = np.maximum(s / s.max(axis=-2, keepdims=True).clip(EPSILON), 0.05)  # ratios stay harmless
+        s = np.maximum(s / s.max(axis=-2, keepdims=True).clip(MACHINE_EPSILON), 0.05)  # ratios stay harmless
     return float(np.minimum(norms.sum(axis=0), (absolute @ s / s).max(axis=(-2, -1))).max())
 
 
@@ -284,7 +284,7 @@ def kernel_bound(layer: keras.layers.Layer, name: str) -> float:
 
 
 def _kernel_spectrum(layer, name: str, with_smallest: bool) -> Spectrum:
-    blocks = _blocks(host(getattr(layer, name)), kernel_geometries(layer)[name])
+    blocks = _blocks(as_float64(getattr(layer, name)), kernel_geometries(layer)[name])
     window = blocks.shape[:-3]
     if math.prod(window) == 1:
         strides, dilation = (1,) * len(window), (1,) * len(window)
@@ -317,21 +317,21 @@ def _operator_spectrum(blocks: np.ndarray, strides, dilation, with_smallest: boo
 
 def separable_bound(layer: keras.layers.Layer, depthwise: str, pointwise: str) -> float:
     """Upper bound on the norm of a separable convolution: of its composed kernel, or the product if smaller."""
-    first, second = host(getattr(layer, depthwise)), host(getattr(layer, pointwise))
-    product = kernel_bound(layer, depthwise) * kernel_bound(layer, pointwise) * (1 + EPSILON)
+    first, second = as_float64(getattr(layer, depthwise)), as_float64(getattr(layer, pointwise))
+    product = kernel_bound(layer, depthwise) * kernel_bound(layer, pointwise) * (1 + MACHINE_EPSILON)
     channels, multiplier = first.shape[-2:]
     second = second.reshape(channels, multiplier, -1)
     composed = np.einsum("...cm,cmo->...co", first, second)[..., None, :, :]
     if max(layer.strides) > 1 and max(layer.dilation_rate) > 1:
         return product
     gain = math.sqrt(overlap(layer.kernel_size, layer.strides, layer.dilation_rate))
-    rounding = 4 * multiplier * EPSILON * gain * float(np.linalg.norm(first) * np.linalg.norm(second))
+    rounding = 4 * multiplier * MACHINE_EPSILON * gain * float(np.linalg.norm(first) * np.linalg.norm(second))
     return min(product, convolution_bound(composed, layer.strides) + rounding)
 
 
 def absolute_bound(layer: keras.layers.Layer, name: str) -> float:
     """Upper bound on the norm of the operator whose kernel is the absolute value of a kernel of the layer."""
-    blocks = np.abs(_blocks(host(getattr(layer, name)), kernel_geometries(layer)[name]))
+    blocks = np.abs(_blocks(as_float64(getattr(layer, name)), kernel_geometries(layer)[name]))
     window = blocks.shape[:-3]
     if math.prod(window) == 1:
         return nonnegative_norm_bound(blocks)

@@ -15,7 +15,7 @@ import rich.table
 from keras import ops
 
 from hkr_keras.certification import bounds
-from hkr_keras.certification.bounds import Flow
+from hkr_keras.certification.bounds import LipschitzState
 from hkr_keras.certification.evaluation import check_inputs
 from hkr_keras.certification.singular_values import kernel_spectrum
 from hkr_keras.geometry import kernel_geometries
@@ -132,8 +132,7 @@ def lipschitz_summary(model, print_fn: Callable[[str], Any] | None = print, x=No
 
     def apply(layer, states, shapes):
         spectra = [kernel_spectrum(layer, name) for name in kernel_geometries(layer)]
-        flows = [state[0] for state in states]
-        output = bounds.flow_through(layer, flows, shapes)
+        output = bounds.state_through(layer, [state[0] for state in states], shapes)
         results = [layer(arguments if len(arguments) > 1 else arguments[0]) for arguments in _sides(states)]
         found = _ratio(results, [state[1] for state in states])
         sigma_max = math.prod(s.largest for s in spectra) if len(spectra) == 1 else None
@@ -152,9 +151,9 @@ def lipschitz_summary(model, print_fn: Callable[[str], Any] | None = print, x=No
         )
         return output, results
 
-    states = [(Flow(row), list(sides)) for row, sides in zip(np.eye(len(inputs)), pairs, strict=True)]
+    states = [(LipschitzState(row), list(sides)) for row, sides in zip(np.eye(len(inputs)), pairs, strict=True)]
     outputs = bounds.walk(model, states, apply, shapes)
-    bound = bounds.joint_constant([flow for flow, _ in outputs])
+    bound = bounds.joint_constant([state for state, _ in outputs])
     summary = LipschitzSummary(model.name, bound, lower, tuple(rows))
     if print_fn is not None:
         print_fn(str(summary))

@@ -15,7 +15,7 @@ from hkr_keras.conversion.rebuilding import Layer, Rebuilder, StandIns, copied, 
 from hkr_keras.geometry import kernel_geometries
 from hkr_keras.layers.activations import MATRIX_CHANNELS, pair_differences
 from hkr_keras.layers.base import ComposedKernel, LipschitzLayer
-from hkr_keras.layers.pooling import TINY
+from hkr_keras.layers.pooling import SQUARED_FLOOR
 
 _k = keras.layers
 
@@ -234,7 +234,7 @@ def _scaled_means(layer, new, x):
 
 
 def _root(new, squares):
-    return ops.sqrt(ops.maximum(squares, TINY))
+    return ops.sqrt(ops.maximum(squares, SQUARED_FLOOR))
 
 
 def _window_norms(layer, new, x):

@@ -15,7 +15,7 @@ import rich.table
 from hkr_keras import constraints, layers
 from hkr_keras.certification.bounds import activation_bound, lipschitz_bound, merge_bound, walk
 from hkr_keras.certification.checks import build_shape, check_kernel_layer, check_merge
-from hkr_keras.certification.singular_values import host
+from hkr_keras.certification.singular_values import as_float64
 from hkr_keras.conversion.rebuilding import Layer, Rebuilder, StandIns, copied, from_config, is_model, operations_of
 from hkr_keras.conversion.to_keras import keras_layers, to_keras
 from hkr_keras.geometry import kernel_geometries, model_kernels, overlap, weight_geometries
@@ -196,7 +196,7 @@ class _Plan:
         """A layer of another class, and a rectifier that was part of the old one."""
         _check_inputs(layer)
         for variable in layer.weights:
-            host(variable)
+            as_float64(variable)
         if not kernel_geometries(layer):
             return [from_config(cls, layer)]
         check_kernel_layer(layer)
@@ -290,8 +290,10 @@ def _rescale_offsets(model, old_layers: dict[int, Layer]) -> None:
         if old is None:
             return 1.0 if kernel_geometries(layer) else scale
         if isinstance(layer, layers.BatchCentering) and isinstance(old, _k.BatchNormalization):
-            gamma = host(old.gamma) if old.scale else 1.0
-            factor = abs(np.mean(np.sqrt(host(old.moving_variance) + old.epsilon) / np.where(gamma == 0, 1, gamma)))
+            gamma = as_float64(old.gamma) if old.scale else 1.0
+            factor = abs(
+                np.mean(np.sqrt(as_float64(old.moving_variance) + old.epsilon) / np.where(gamma == 0, 1, gamma))
+            )
             if first:
                 layer.moving_mean.assign(old.moving_mean * scale)
             if first and layer.center:
@@ -299,7 +301,7 @@ def _rescale_offsets(model, old_layers: dict[int, Layer]) -> None:
             return scale * factor
         names = list(kernel_geometries(old))
         for name in names:
-            kernel, before = host(getattr(layer, name)), host(getattr(old, name))
+            kernel, before = as_float64(getattr(layer, name)), as_float64(getattr(old, name))
             scale *= max(float(np.vdot(kernel, before)), 1e-12) / max(float(np.vdot(before, before)), 1e-12)
         if names and layer.use_bias and first:
             layer.bias.assign(old.bias * scale)

@@ -195,16 +195,16 @@ def _inputs(model) -> tuple[dict[str, Any], ...]:
 
 def _distances(model, classes: int) -> np.ndarray:
     """How far the difference of two logits, or the score, moves per unit."""
-    (flow,) = bounds.model_flows(model)
-    head = flow.head
-    if head is None:
+    (state,) = bounds.model_states(model)
+    tail = state.tail
+    if tail is None:
         distances = (
-            np.array([[flow.constant]]) if classes == 1 else math.sqrt(2) * flow.constant * (1 - np.eye(classes))
+            np.array([[state.constant]]) if classes == 1 else math.sqrt(2) * state.constant * (1 - np.eye(classes))
         )
     else:
-        before = bounds.Flow(head.constants).constant
-        rows = [head.lengths()] if classes == 1 else [head.differences_from(label) for label in range(classes)]
-        distances = np.minimum(before * np.stack(rows), flow.constant if classes == 1 else math.inf)
+        before = bounds.LipschitzState(tail.constants).constant
+        rows = [tail.lengths()] if classes == 1 else [tail.differences_from(label) for label in range(classes)]
+        distances = np.minimum(before * np.stack(rows), state.constant if classes == 1 else math.inf)
     return distances * _STORED_CONSTANTS
 
 

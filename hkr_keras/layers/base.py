@@ -37,7 +37,7 @@ class LipschitzLayer:
             if self.quantization_mode:
                 self._refuse_quantization(self.quantization_mode)
             constraint = constraints.get(constraint).bind(geometry)
-            initializer = constraint.after(initializer)
+            initializer = constraint.initializer(initializer)
         return super().add_weight(  # type: ignore[misc]
             *args, name=name, initializer=initializer, constraint=constraint, **kwargs
         )

@@ -8,14 +8,14 @@ from keras import ops
 from hkr_keras._registration import registered
 from hkr_keras.geometry import overlap
 
-TINY = 1e-24  # keeps the gradient of the root finite at 0
+SQUARED_FLOOR = 1e-24  # keeps the gradient of the root finite at 0
 
 
 def _l2_norm(mean, inputs, cells):
     """The root of `cells * mean(inputs^2)`, in at least float32: half precision cannot hold the squares."""
     dtype = keras.backend.result_type(inputs.dtype, "float32")
     squares = cells * mean(ops.square(ops.cast(inputs, dtype)))
-    return ops.cast(ops.sqrt(ops.maximum(squares, TINY)), inputs.dtype)
+    return ops.cast(ops.sqrt(ops.maximum(squares, SQUARED_FLOOR)), inputs.dtype)
 
 
 class _WindowPooling:

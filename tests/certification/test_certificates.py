@@ -588,7 +588,7 @@ def test_tiny_weights_of_a_float64_head_give_no_infinite_radius():
     )
     for model in (plain, tiny):
         model.layers[0].kernel.assign(np.eye(2))
-    distances = bounds.Head(np.eye(2) * scale, np.ones(1)).differences_from(0)
+    distances = bounds.AffineTail(np.eye(2) * scale, np.ones(1)).differences_from(0)
     np.testing.assert_allclose(distances, scale * np.sqrt([0.0, 2.0]))
     x = np.array([[1.0, 0.0]], "float32")
     assert hkr.certify(plain, x, verbose=0).radius[0] == pytest.approx(0.5**0.5)

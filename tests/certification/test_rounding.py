@@ -9,7 +9,7 @@ from helpers import double_precision, normal, to_numpy
 
 import hkr_keras as hkr
 from hkr_keras import rounding
-from hkr_keras.certification.rounding import UNIT, Affine, Tracer, layer_rounding, norms
+from hkr_keras.certification.rounding import UNIT_ROUNDOFF, Affine, Tracer, layer_rounding, norms
 
 K, L, C = keras.layers, hkr.layers, keras.initializers.Constant
 
@@ -93,7 +93,7 @@ def test_rounding_of_a_layer_is_covered(layer, shape):
     assert np.all(differences[0] <= found.at_centre)
     assert np.all(differences[1] <= found.at_centre + found.slope * norms(x.astype("float64") - x[::-1]))
     fan_in = max((math.prod(w.shape[:-1]) for w in layer.get_weights() if w.ndim > 1), default=math.prod(shape))
-    assert np.all(found.at_centre <= 8 * (fan_in + 40) * UNIT * (1 + np.max(norms(x))) * math.sqrt(fan_in))
+    assert np.all(found.at_centre <= 8 * (fan_in + 40) * UNIT_ROUNDOFF * (1 + np.max(norms(x))) * math.sqrt(fan_in))
 
 
 MERGES = [K.Add(), K.Average(), K.Maximum(), K.Concatenate(), L.LipschitzResidual()]
@@ -148,11 +148,11 @@ def test_rounding_of_a_model_is_covered(make):
         exact.set_weights([w.astype("float64") for w in model.get_weights()])
         truth = {name: to_numpy(exact(data.astype("float64"))) for name, data in {"x": x, "z": x + 0.01}.items()}
     trace, largest = Tracer(model)([x])
-    assert np.all(norms(trace.value - truth["x"]) <= trace.off)
+    assert np.all(norms(trace.value - truth["x"]) <= trace.centre_error)
     deployed = norms(to_numpy(model(x)) - truth["x"])
     assert np.all(deployed <= trace.error(0.0))
     assert np.any(deployed >= 1e-3 * trace.error(0.0))  # not absurdly far above
-    assert np.all(trace.off <= trace.error(0.0) * (1 + 1e-9))
+    assert np.all(trace.centre_error <= trace.error(0.0) * (1 + 1e-9))
     moved = (x + np.float32(0.01)).astype("float32")
     distance = norms(moved.astype("float64") - x)
     assert np.all(norms(to_numpy(model(moved)) - truth["z"]) <= trace.error(distance) + 1e-4)
