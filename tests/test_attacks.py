@@ -1,105 +1,179 @@
-"""Attacks on certificates: none may fall that holds, and the suite must find those that do not."""
+"""Attacks beside certificates: distances that are known, witnesses of wrong certificates, every library and backend."""
 
 import dataclasses
-import math
 
 import keras
 import numpy as np
 import pytest
-from break_certificates import ATTACKS, HOSTILE, MODELS, TRAINED, Target, affine, attacked, count, is_within
-from helpers import BACKEND, normal, operator_norm
+from helpers import BACKEND, normal, to_numpy
 
 import hkr_keras as hkr
+from hkr_keras.attacks import ATTACKS, BrokenCertificate, as_logits, evaluate_robustness
 
-OWN = ("gradient", "boundary", "exact", "rounding")
-TRIED = {  # "exact" needs an affine model, "Square" an image; the CNN is slow
-    "digits MLP": {*ATTACKS} - {"exact"},
-    "digits CNN": {"PGD", "AutoPGD", "Square", "gradient", "boundary", "rounding"},
-    "moons": {*ATTACKS} - {"exact", "Square"},
-}
-NOT_ATTACKED = {"AutoPGD"} if BACKEND == "jax" else set()  # ART has no classifier for it
+EPSILONS = (0.1, 0.25, 0.5)
 
 
-def counts(target, attacks, effort=6):
-    return {name: count(target, name, effort) for name in attacks}
+def linear(outputs=3, shape=(4,)):
+    """Logits or a score of unit norm each; a bias keeps the predictions of small inputs from being ties."""
+    model = hkr.models.lipschitz_mlp(shape, outputs, widths=())
+    kernel, _ = model.layers[-1].get_weights()
+    model.layers[-1].set_weights([kernel, np.linspace(0.05, 0.15, outputs).astype("float32")])
+    return model
 
 
-@pytest.mark.parametrize("name", TRAINED)
-def test_certificates_of_trained_models_hold(name):
-    attacks = TRIED[name] - NOT_ATTACKED
-    found = counts(attacked(*TRAINED[name](4), rigorous=False), attacks)
-    assert found == dict.fromkeys(attacks, (4, 0))
+def images(n=4):
+    return np.random.default_rng(0).random((n, 6, 6, 1)).astype("float32")
 
 
-@pytest.mark.parametrize("name", [name for name in HOSTILE if name.startswith("planted")])
-def test_planted_biases_break_certificates_that_are_not_rigorous(name):
-    found = counts(attacked(*HOSTILE[name](8), rigorous=False), OWN)
-    assert sum(broken for _, broken in found.values()) > 0
+def predictions(model, x):
+    return to_numpy(as_logits(model)(x)).argmax(axis=1)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_rigorous_certificates_hold(name):
-    target = attacked(*MODELS[name](4), rigorous=True)
-    if isinstance(target, str):
-        assert name in HOSTILE
-        assert target.startswith("Expected ")
-    else:
-        assert len(target) > 0 or name in HOSTILE
-        found = counts(target, OWN)
-        assert [name for name, (_, broken) in found.items() if broken] == []
+def check(found, model, x):
+    """What holds for every result."""
+    assert (found.certified <= found.attacked).all()
+    assert (found.attacked <= found.clean).all()
+    assert (found.distance >= found.radius * (1 - 1e-5) - 1e-5 * np.linalg.norm(x.reshape(len(x), -1), axis=1)).all()
+    reached = np.isfinite(found.distance)
+    moves = (found.adversarial - x.astype("float64")).reshape(len(x), -1)[reached]
+    np.testing.assert_allclose(np.linalg.norm(moves, axis=1), found.distance[reached], rtol=1e-9)
+    assert (predictions(model, found.adversarial[reached]) != predictions(model, x)[reached]).all()
+    assert np.isnan(found.adversarial[~reached]).all()
 
 
-# ---- the tests can fail --------------------------------------------------------------------------------------
-
-MEAN_OVERLAP = 6.25  # of 3x3 windows on 4x4 pixels with padding="same"; the largest is 9
-
-
-def patches():
-    """A linear model with the norm 3: nine filters that copy one tap each, and the copies of one inner pixel."""
-    convolution = keras.layers.Conv2D(9, 3, padding="same", use_bias=False)
-    model = keras.Sequential([keras.Input((4, 4, 1)), convolution, keras.layers.Flatten(), keras.layers.Dense(1)])
-    pixel = np.zeros((1, 4, 4, 1), "float32")
-    pixel[0, 1, 2] = 1.0
-    convolution.kernel.assign(np.eye(9).reshape(3, 3, 1, 9))
-    copies = keras.ops.reshape(convolution(pixel), (-1, 1))
-    model.layers[-1].kernel.assign(copies / 3)
-    return model, convolution
-
-
-def test_certificates_with_the_mean_overlap_are_broken():
-    model, convolution = patches()
-    convolution.kernel.assign(convolution.kernel / math.sqrt(MEAN_OVERLAP))  # "norm 1" by the unsound factor
-    assert operator_norm(convolution, (4, 4, 1)) == pytest.approx(1.2)
-    x = normal((6, 4, 4, 1))
+@pytest.mark.parametrize(("outputs", "attack"), [(1, "DeepFool"), (1, "DDN"), (1, "PGD"), (2, "DeepFool")])
+def test_attacks_reach_the_radius_of_a_linear_model(outputs, attack):
+    # The certificate of a linear model is exact, so the nearest change is at the radius. DeepFool goes straight to it;
+    # PGD starts at random, and DDN changes its length in steps of 5 %.
+    model, x = linear(outputs), normal((6, 4), scale=0.3)
     certificate = hkr.certify(model, x, verbose=0)
-    assert certificate.bound == pytest.approx(1.2, rel=2e-3)
-    unsound = dataclasses.replace(certificate, radius=certificate.radius * certificate.bound)
-    attacks = {*ATTACKS} - {"exact", "Square"} - NOT_ATTACKED
-    found = counts(Target.of(model, x, unsound), attacks, effort=20)
-    assert found == dict.fromkeys(attacks, (6, 6))
-    sound = counts(Target.of(model, x, certificate), ("gradient", "boundary"), effort=20)
-    assert sound == {"gradient": (6, 0), "boundary": (6, 0)}
+    epsilons = 1.01 * np.sort(certificate.radius)
+    labels = certificate.prediction
+    found = evaluate_robustness(model, x, labels, epsilons, [attack], bounds=None, verbose=False)
+    check(found, model, x)
+    np.testing.assert_allclose(found.distance, certificate.radius, rtol=0.1, atol=1e-5)
+    assert found.attacked[-1] == 0.0
 
 
-def test_certificates_of_twice_the_radius_are_broken():
-    model, x = HOSTILE["linear logits"](3)
+def test_accuracies_count_right_predictions_alone():
+    model, x = linear(), normal((8, 4), scale=0.3)
     certificate = hkr.certify(model, x, verbose=0)
-    doubled = dataclasses.replace(certificate, radius=2 * certificate.radius)
-    assert counts(Target.of(model, x, doubled), ("gradient", "exact")) == {"gradient": (3, 3), "exact": (3, 3)}
+    labels = certificate.prediction.copy()
+    labels[:2] = (labels[:2] + 1) % 3
+    epsilon = float(np.median(certificate.radius))
+    found = evaluate_robustness(model, x, labels, [epsilon], ["DeepFool"], certificate, bounds=None, verbose=False)
+    assert found.clean == 0.75
+    assert found.is_correct.tolist() == [False] * 2 + [True] * 6
+    assert found.certified[0] == certificate.accuracy(labels, epsilon)
+    assert found.attacked[0] == np.mean((found.distance > epsilon) & found.is_correct)
 
 
-def test_distances_are_exact():
-    zero, one = np.zeros(2, "float32"), np.array([1.0, 0.0], "float32")
-    tiny = np.array([1.0, 1e-30], "float32")
-    assert is_within(zero, one, 1.0)
-    assert not is_within(zero, tiny, 1.0)
-    assert not is_within(zero, one, math.nextafter(1.0, 0.0))
-    assert is_within(zero, one, math.inf)
+@pytest.mark.parametrize("name", [name for name in ATTACKS if not (name == "AutoPGD" and BACKEND == "jax")])
+def test_every_attack_by_name(name):
+    model, x = linear(shape=(6, 6, 1)), images()
+    certificate = hkr.certify(model, x, verbose=0)
+    epsilon = 4 * float(certificate.radius.max())
+    found = evaluate_robustness(model, x, certificate.prediction, [epsilon], [name], steps=5, verbose=False)
+    check(found, model, x)
+    assert found.attacked[0] < 1.0
+    reached = np.isfinite(found.distance)
+    assert 0 <= found.adversarial[reached].min() <= found.adversarial[reached].max() <= 1
 
 
-def test_affine_models_are_read_exactly():
-    model, _ = HOSTILE["planted biases"](1)
-    weights, bias = affine(model)
-    assert weights.astype("float64").tolist() == [[0.25, -0.25]] * 8
-    assert bias.tolist() == [0, 0]
-    assert affine(HOSTILE["planted biases, GroupSort"](1)[0]) is None
+def test_attacks_of_foolbox_may_be_given():
+    import foolbox
+
+    model, x = linear(), normal((4, 4), scale=0.3)
+    y = hkr.certify(model, x, verbose=0).prediction
+    attack = foolbox.attacks.L2FastGradientAttack()
+    check(evaluate_robustness(model, x, y, [2.0], [attack], bounds=None, verbose=False), model, x)
+
+
+def test_one_score_as_logits_keeps_predictions_and_certificates():
+    model, x = hkr.models.lipschitz_mlp((4,), 1, widths=(8,)), normal((16, 4))
+    logits = as_logits(model)
+    score, pair = (to_numpy(m.predict(x, verbose=0)) for m in (model, logits))
+    np.testing.assert_array_equal(pair[:, 1] - pair[:, 0], score[:, 0])
+    one, two = (hkr.certify(m, x, verbose=0) for m in (model, logits))
+    np.testing.assert_array_equal(one.prediction, two.prediction)
+    np.testing.assert_allclose(one.radius, two.radius, rtol=1e-6)
+    flat = keras.Sequential([model, keras.layers.Reshape(())])
+    flat.build((None, 4))
+    np.testing.assert_array_equal(to_numpy(as_logits(flat).predict(x, verbose=0)), pair)
+    several = linear()
+    assert as_logits(several) is several
+
+
+@pytest.mark.parametrize("rigorous", [False, True])
+def test_a_wrong_certificate_is_refuted_by_a_witness(rigorous):
+    model, x = linear(), normal((6, 4), scale=0.3)
+    certificate = hkr.certify(model, x, verbose=0, rigorous=rigorous)
+    radius = certificate.radius.copy()
+    radius[4] *= 1.2
+    wrong = dataclasses.replace(certificate, radius=radius)
+    with pytest.raises(BrokenCertificate, match="Received: attack=DeepFool changed input 4 at distance=") as caught:
+        evaluate_robustness(
+            model, x, certificate.prediction, [0.1], ["DeepFool"], wrong, None, batch_size=3, verbose=False
+        )
+    error = caught.value
+    assert (error.index, error.attack, error.radius) == (4, "DeepFool", radius[4])
+    np.testing.assert_array_equal(error.x, x[4])
+    assert np.linalg.norm(error.adversarial - x[4].astype("float64")) == pytest.approx(error.distance)
+    assert error.distance < error.radius
+    assert predictions(model, error.adversarial[None]) != predictions(model, x[4:5])
+
+
+def test_a_certificate_of_another_model_is_refuted_at_once():
+    model, x = linear(), normal((6, 4), scale=0.3)
+    certificate = hkr.certify(model, x, verbose=0)
+    other = dataclasses.replace(certificate, prediction=(certificate.prediction + 1) % 3)
+    with pytest.raises(BrokenCertificate, match="at distance=0,"):
+        evaluate_robustness(model, x, certificate.prediction, [0.1], ["DeepFool"], other, None, verbose=False)
+
+
+def test_a_trained_network_lies_between_its_curves():
+    data = hkr.datasets.load("digits")
+    model = hkr.models.lipschitz_mlp((8, 8, 1), 10, widths=(64,))
+    model.compile(keras.optimizers.Adam(1e-2), loss=hkr.losses.MulticlassHKR(alpha=100, margin=0.4))
+    model.fit(data.x_train, data.y_train, epochs=8, verbose=0)
+    x, y = data.x_test[:64], data.y_test[:64]
+    found = evaluate_robustness(model, x, y, EPSILONS, ["DDN"], steps=15, verbose=False)
+    check(found, model, x)
+    assert found.clean > 0.85
+    assert found.certified[0] > 0.8
+    assert (found.attacked - found.certified)[0] <= 0.1
+    assert found.adversarial.shape == x.shape
+
+
+def test_the_progress_bar(capsys):
+    model, x = linear(), normal((4, 4), scale=0.3)
+    y = hkr.certify(model, x, verbose=0).prediction
+    evaluate_robustness(model, x, y, [0.1], ["DeepFool"], bounds=None, batch_size=2, steps=2)
+    assert "2/2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"attacks": ["FGSM"]}, "one of PGD, DeepFool.*Received: FGSM"),
+        ({"attacks": []}, r"attacks=\[\]"),
+        ({"epsilons": []}, r"epsilons=\[\]"),
+        ({"epsilons": [0.0]}, "Received: epsilon=0.0"),
+        ({"bounds": (0.0, 1.0)}, r"which bounds=None takes away. Received: bounds=\(0.0, 1.0\)"),
+        ({"attacks": ["Square"]}, "at least 5 x 5 pixels"),
+        ({"y": [0]}, "Expected 4 labels"),
+        *([({"attacks": ["AutoPGD"]}, "attack=AutoPGD on JAX")] if BACKEND == "jax" else []),
+    ],
+)
+def test_errors(options, message):
+    model, x = linear(), normal((4, 4), scale=0.3)
+    arguments = {"y": [0, 1, 2, 0], "epsilons": [0.1], "attacks": ["DeepFool"], "bounds": None, "verbose": False}
+    with pytest.raises(ValueError, match=message):
+        evaluate_robustness(model, x, **{**arguments, **options})
+
+
+def test_certificates_of_other_lengths_are_refused():
+    model, x = linear(), normal((4, 4), scale=0.3)
+    certificate = hkr.certify(model, x[:3], verbose=0)
+    with pytest.raises(ValueError, match=r"a certificate of 4 inputs\. Received: one of 3"):
+        evaluate_robustness(model, x, [0] * 4, [0.1], certificate=certificate, bounds=None, verbose=False)

@@ -1,0 +1,81 @@
+"""What every layer without a kernel can do: sizes known late, half precision, files, training."""
+
+import keras
+import numpy as np
+import pytest
+from helpers import BACKEND, normal, to_numpy
+
+import hkr_keras as hkr
+
+L = hkr.layers
+
+
+SEQUENCES = [
+    # layers that take (4, 4, 4)
+    *(lambda: L.GroupSort(2), lambda: L.GroupSort(4), L.MaxMin, L.FullSort),
+    *(L.Householder, lambda: L.ScaledAveragePooling2D(2), lambda: L.L2NormPooling2D(3, 1, "same")),
+    *(L.ScaledGlobalAveragePooling2D, L.GlobalL2NormPooling2D),
+    *(lambda: L.InvertibleDownsampling2D(2), lambda: L.InvertibleUpsampling2D(2)),
+    *(L.LayerCentering, L.BatchCentering, lambda: L.Scale(2.0)),
+]
+
+
+@pytest.mark.parametrize("make", SEQUENCES)
+def test_dynamic_sizes(make):
+    layer = make()
+    model = keras.Sequential([keras.Input((None, None, 4)), layer])
+    for size in (4, 8):
+        x = normal((2, size, size, 4))
+        outputs = model.predict(x, verbose=0)
+        np.testing.assert_allclose(outputs, to_numpy(layer(x)), atol=1e-5)
+        assert all(known in (None, n) for known, n in zip(model.output_shape, outputs.shape, strict=True))
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+@pytest.mark.parametrize("make", [*SEQUENCES, lambda: L.L2NormPooling2D(2, padding="same")])
+def test_mixed_precision(make, policy):
+    layer = make()
+    half = type(layer).from_config({**layer.get_config(), "dtype": policy})
+    x = normal((2, 4, 4, 4))
+    outputs = half(x)
+    assert keras.backend.standardize_dtype(outputs.dtype) == policy[6:]
+    assert all(keras.backend.standardize_dtype(weight.dtype) == "float32" for weight in half.weights)
+    np.testing.assert_allclose(to_numpy(outputs), to_numpy(layer(x)), atol=0.1)
+
+
+def test_a_model_with_one_of_each_comes_back_from_its_file(tmp_path):
+    image = keras.Input((8, 8, 4))
+    x = image
+    for make in (*SEQUENCES[:5], SEQUENCES[6], *SEQUENCES[9:14]):
+        x = make()(x)
+    x = L.LipschitzResidual()([x, image])
+    x = L.ScaledAveragePooling2D(2)(x)
+    series = keras.layers.Reshape((16, 4))(x)
+    outputs = [
+        *(L.ScaledGlobalAveragePooling2D()(x), L.GlobalL2NormPooling2D()(x)),
+        *(L.ScaledAveragePooling1D(2)(series), L.L2NormPooling1D(2)(series)),
+        *(L.ScaledGlobalAveragePooling1D()(series), L.GlobalL2NormPooling1D()(series)),
+    ]
+    model = keras.Model(image, outputs)
+    names = {type(layer).__name__ for layer in model.layers}
+    expected = {
+        name
+        for name in L.__all__
+        if not name.startswith(("LipschitzConv", "LipschitzD", "LipschitzS", "Orthogonal", "AOL", "SLL"))
+    }
+    assert expected - {"LipschitzLayer"} <= names
+    for i, variable in enumerate(model.weights):
+        variable.assign(normal(variable.shape, seed=i))
+    model.save(tmp_path / "model.keras")
+    copy = keras.models.load_model(tmp_path / "model.keras")
+    data = normal((3, 8, 8, 4))
+    for old, new in zip(model(data), copy(data), strict=True):
+        assert np.array_equal(to_numpy(old), to_numpy(new))
+
+
+@pytest.mark.parametrize("make", SEQUENCES)
+def test_layers_train_inside_fit(make):
+    model = keras.Sequential([keras.Input((4, 4, 4)), make(), keras.layers.Flatten(), L.LipschitzDense(1)])
+    model.compile("sgd", loss="mse", jit_compile=BACKEND == "jax")
+    history = model.fit(normal((8, 4, 4, 4)), np.ones((8, 1), "float32"), verbose=0)
+    assert np.isfinite(history.history["loss"]).all()

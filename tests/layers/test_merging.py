@@ -1,0 +1,35 @@
+"""The residual connection is a convex combination."""
+
+import keras
+import numpy as np
+import pytest
+from helpers import adam_steps, largest_ratio, normal, to_numpy
+
+import hkr_keras as hkr
+
+L = hkr.layers
+LIPSCHITZ = 1 + 1e-5  # float32 outputs of random pairs
+
+
+def test_residual_is_a_convex_combination():
+    layer = L.LipschitzResidual()
+    x, z = normal((4, 3)), normal((4, 3), seed=1)
+    np.testing.assert_allclose(to_numpy(layer([x, z])), (x + z) / 2, atol=1e-6)
+    adam_steps(layer, 10.0)
+    weights = np.exp(to_numpy(layer.mixing_logits))
+    weights /= weights.sum()
+    np.testing.assert_allclose(to_numpy(layer([x, z])), weights[0] * x + weights[1] * z, atol=1e-5)
+    assert largest_ratio(lambda a: layer([a, -a]), x, z) <= LIPSCHITZ
+    assert layer.compute_output_shape([x.shape, z.shape]) == x.shape
+
+
+@pytest.mark.parametrize("shapes", [[(None, 3)], [(None, 3), (None, 1)], [(None, 3), (None, 3), (None, 4)], (None, 3)])
+def test_residual_refuses_other_inputs(shapes):
+    with pytest.raises(ValueError, match="Received: input_shape="):
+        L.LipschitzResidual().build(shapes)
+
+
+def test_mixed_precision_of_the_residual():
+    x = normal((2, 4))
+    outputs = L.LipschitzResidual(dtype="mixed_bfloat16")([x, x])
+    assert keras.backend.standardize_dtype(outputs.dtype) == "bfloat16"
