@@ -1,5 +1,9 @@
 """hkr_keras: 1-Lipschitz networks with certificates of robustness, for Keras 3."""
 
+from hkr_keras import cli
+
+cli.start()  # only in `hkr_keras ...` and `python -m hkr_keras ...`: arguments first, Keras after
+
 from hkr_keras import (
     attacks,
     callbacks,

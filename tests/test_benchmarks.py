@@ -157,7 +157,7 @@ def test_frontier_runs_what_is_missing(tmp_path, monkeypatch):
 def test_the_recipe_of_colour_images_runs(monkeypatch):
     rng = np.random.default_rng(0)
     x, y = rng.random((64, 8, 8, 3), dtype="float32"), rng.integers(0, 10, 64)
-    data = hkr.datasets.Dataset("cifar10", x, y, x[:32], y[:32], 10)
+    data = hkr.datasets.Dataset(name="cifar10", x_train=x, y_train=y, x_test=x[:32], y_test=y[:32], classes=10)
     monkeypatch.setattr(hkr.datasets, "load", lambda name, seed: data)
     recipe = {"dataset": "cifar10", "model": "cnn_orthogonal", "loss": "crossentropy", "margin": 0.35, "rate": 0.02}
     augmentation = {"optimizer": "stiefel_muon", "flip": True, "shift": 2}

@@ -1,5 +1,6 @@
-"""The demo, as a user runs it, and the data sets behind it."""
+"""The command line, as a user runs it: arguments, files and backend before Keras; then what every command does."""
 
+import csv
 import json
 import os
 import pathlib
@@ -11,7 +12,8 @@ import numpy as np
 import pytest
 
 import hkr_keras as hkr
-from hkr_keras.__main__ import demo, main
+from hkr_keras import cli
+from hkr_keras.cli import demo, main
 
 
 def test_digits_demo_reaches_its_figures(tmp_path, capsys):
@@ -58,11 +60,6 @@ def test_loss_that_does_not_fit(tmp_path, capsys):
     assert "Received: loss=soft_hkr" in capsys.readouterr().err
 
 
-def test_epochs_below_one():
-    with pytest.raises(SystemExit, match="2"):
-        main(["demo", "--epochs", "0"])
-
-
 def test_without_a_network_one_sentence(monkeypatch, capsys, tmp_path):
     def unreachable():
         raise OSError("URL fetch failure")
@@ -74,26 +71,141 @@ def test_without_a_network_one_sentence(monkeypatch, capsys, tmp_path):
     assert "Traceback" not in error
 
 
-def test_stored_images_are_scaled(monkeypatch):
-    images = np.arange(2 * 28 * 28, dtype="uint8").reshape(2, 28, 28)
-    stored = ((images, np.array([1, 2], "uint8")), (images[:1], np.array([3], "uint8")))
-    monkeypatch.setattr(keras.datasets.fashion_mnist, "load_data", lambda: stored)
-    data = hkr.datasets.load("fashion_mnist")
-    assert data.x_train.shape == (2, 28, 28, 1)
-    assert data.x_train.dtype == np.float32
-    assert 0 <= data.x_train.min() <= data.x_train.max() == 1
-    assert data.y_test.tolist() == [3]
+WITHOUT_KERAS = {**os.environ, "KERAS_BACKEND": "openvino_of_another_kind"}  # with it, importing Keras fails
+SCRIPT = "import sys; sys.argv[0] = '/somewhere/bin/hkr_keras'; from hkr_keras.cli import main; sys.exit(main())"
 
 
-def test_unknown_data_set():
-    with pytest.raises(ValueError, match="Received: name=imagenet"):
-        hkr.datasets.load("imagenet")
+@pytest.mark.parametrize("command", [["-m", "hkr_keras"], ["-c", SCRIPT]], ids=["module", "script"])
+@pytest.mark.parametrize(
+    ("arguments", "status", "text"),
+    [
+        (["--version"], 0, hkr.__version__),
+        (["--help"], 0, "1-Lipschitz networks with certificates."),
+        (["certify", "--help"], 0, "--rigorous"),
+        (["train"], 2, "invalid choice: 'train'"),
+        (["demo", "--epochs", "0"], 2, "expected at least 1, received 0"),
+        (["certify", "missing.keras", "data.npz"], 2, "error: no such file: missing.keras"),
+    ],
+)
+def test_arguments_are_answered_before_keras_is_imported(command, arguments, status, text):
+    result = subprocess.run(
+        [sys.executable, *command, *arguments], capture_output=True, text=True, check=False, env=WITHOUT_KERAS
+    )
+    assert result.returncode == status
+    assert text in result.stdout + result.stderr
+    assert "Traceback" not in result.stderr
 
 
-def test_module_runs_and_tells_its_version():
-    command = [sys.executable, "-m", "hkr_keras", "--version"]
-    result = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ})
+def test_other_programs_are_not_taken_for_the_command_line():
+    code = "import sys; sys.argv = ['tool', '--help']; import hkr_keras; print(hkr_keras.__version__)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == hkr.__version__
+
+
+def test_an_error_is_one_line(stored):
+    """Whatever the backend would log, only the sentence is on the screen."""
+    folder, _ = stored
+    (folder / "garbage.keras").write_bytes(b"not a model")
+    environment = {name: value for name, value in os.environ.items() if name != "TF_CPP_MIN_LOG_LEVEL"}
+    arguments = ["certify", str(folder / "garbage.keras"), str(folder / "data.npz")]
+    result = subprocess.run(
+        [sys.executable, "-m", "hkr_keras", *arguments], capture_output=True, text=True, check=False, env=environment
+    )
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: Expected a Keras model file")
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_verbose_errors_have_a_traceback(stored):
+    folder, _ = stored
+    (folder / "garbage.keras").write_bytes(b"not a model")
+    with pytest.raises(ValueError, match="Expected a Keras model file"):
+        main(["certify", str(folder / "garbage.keras"), str(folder / "data.npz"), "--verbose"])
+
+
+@pytest.fixture
+def unchosen(monkeypatch, tmp_path):
+    """No backend in the environment, and no configuration of Keras."""
+    monkeypatch.setenv("KERAS_BACKEND", "to be removed, and put back")
+    monkeypatch.delenv("KERAS_BACKEND")
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path))
+    return tmp_path
+
+
+def test_the_first_installed_backend_is_taken_and_said(unchosen, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "_is_installed", lambda module: module == "torch")
+    (unchosen / "keras.json").write_text('{"backend": "tensorflow"}')  # Keras itself writes such a file
+    cli._choose_backend()
+    assert os.environ["KERAS_BACKEND"] == "torch"
+    assert capsys.readouterr().err == "tensorflow is not installed: computing with torch (KERAS_BACKEND=torch)\n"
+
+
+@pytest.mark.parametrize("configuration", [None, "{", "[]", '{"backend": "jax"}', '{"backend": "numpy"}'])
+def test_what_is_installed_is_left_to_keras(configuration, unchosen, monkeypatch):
+    monkeypatch.setattr(cli, "_is_installed", lambda module: True)
+    if configuration is not None:
+        (unchosen / "keras.json").write_text(configuration)
+    cli._choose_backend()
+    assert "KERAS_BACKEND" not in os.environ
+
+
+def test_without_any_backend_one_line_says_what_to_install(unchosen, monkeypatch, capsys, stored):
+    monkeypatch.setattr(cli, "_is_installed", lambda module: False)
+    assert main(["summary", str(stored[0] / "model.keras")]) == 2
+    assert capsys.readouterr().err.startswith("error: Keras has no backend to compute with. Install one: pip install")
+    monkeypatch.setenv("KERAS_BACKEND", "jax")
+    assert main(["summary", str(stored[0] / "model.keras")]) == 2
+    assert capsys.readouterr().err.startswith("error: KERAS_BACKEND=jax, but jax is not installed: pip install jax")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["certify", "model.keras", "missing.npz"], "no such file: {}/missing.npz"),
+        (["certify", "data.npz", "data.npz"], "expected a file that ends in .keras or .h5 or .hdf5: {}/data.npz"),
+        (["certify", "model.keras", "data.npz", "--plot", "curve.doc"], "expected a file name that ends in .png,"),
+        (["certify", "model.keras", "data.npz", "--json", "nowhere/out.json"], "no such folder: {}/nowhere"),
+        (["certify", "model.keras", "data.npz", "--csv", "."], "is a folder, not a file: {}"),
+        (["summary", "model.keras", "--json", "nowhere/out.json"], "no such folder: {}/nowhere"),
+        (["demo", "--output", "data.npz"], "is a file, not a folder: {}/data.npz"),
+        (["demo", "--data", "missing.npz"], "no such file: {}/missing.npz"),
+        (["export", "model.keras", "net.onnx", "--format", "litert"], "expected a file name that ends in .tflite"),
+        (["export", "model.keras", "net.onnx", "--format", "tf_saved_model"], "expected a folder for --format"),
+        (["export", "model.keras", "net", "--format", "onnx"], "expected a file name that ends in .onnx"),
+        (["export", "model.keras", "nowhere/net.onnx"], "no such folder: {}/nowhere"),
+        (["export", "model.keras", "data.npz"], "is a file, not a folder: {}/data.npz"),
+    ],
+)
+def test_files_and_folders_are_checked_before_work(arguments, message, stored, monkeypatch, capsys):
+    folder, _ = stored
+    monkeypatch.setattr(keras.models, "load_model", lambda *a, **k: pytest.fail("work began"))
+    paths = [arguments[0], *(a if a.startswith("--") or a in cli._FORMATS else str(folder / a) for a in arguments[1:])]
+    assert main(paths) == 2
+    assert capsys.readouterr().err.startswith("error: " + message.format(folder))
+
+
+@pytest.mark.parametrize("epsilon", ["-1", "nan", "inf", "far"])
+def test_radii_out_of_range(epsilon, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["certify", "model.keras", "data.npz", "--epsilon", epsilon])
+    assert "argument --epsilon" in capsys.readouterr().err
+
+
+def test_choices_are_those_of_the_package():
+    assert tuple(cli._DEFAULTS) == hkr.datasets.NAMES
+    assert tuple(cli._FORMATS) == hkr.exporting.FORMATS
+
+
+def test_demo_with_data_of_ones_own(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    y = np.arange(60) % 3
+    x = np.zeros((60, 6, 6), "uint8")
+    x[np.arange(60), y, y] = 255
+    np.savez(tmp_path / "corners.npz", x_train=x, y_train=y, x_test=x[:12], y_test=rng.integers(3, size=12))
+    arguments = ["demo", "--data", str(tmp_path / "corners.npz"), "--epochs", "1", "--output", str(tmp_path / "out")]
+    assert main(arguments) == 0
+    assert "corners: 12 test inputs" in capsys.readouterr().out
+    assert keras.models.load_model(tmp_path / "out" / "model.keras").input_shape == (None, 6, 6, 1)
 
 
 @pytest.fixture
@@ -115,21 +227,28 @@ def test_summary_of_a_stored_model(stored, capsys):
 
 def test_certify_a_stored_model(stored, capsys):
     folder, certificate = stored
-    files = {name: str(folder / name) for name in ("model.keras", "data.npz", "out.json", "curve.png")}
+    files = {name: str(folder / name) for name in ("model.keras", "data.npz", "out.json", "out.csv", "curve.png")}
     options = ["--epsilon", "0.1", "0.25", "--json", files["out.json"], "--plot", files["curve.png"]]
+    options += ["--csv", files["out.csv"]]
     assert main(["certify", files["model.keras"], files["data.npz"], *options]) == 0
     assert f"{certificate.accuracy([0, 1, 1, 0], 0.25):.1%}" in capsys.readouterr().out
     again = hkr.Certificate.from_json((folder / "out.json").read_text())
     np.testing.assert_allclose(again.radius, certificate.radius, rtol=1e-6)
     assert (folder / "curve.png").read_bytes().startswith(b"\x89PNG")
+    with (folder / "out.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["radius"]) for row in rows] == again.radius.tolist()
+    assert [int(row["prediction"]) for row in rows] == again.prediction.tolist()
+    assert [row["correct"] == "1" for row in rows] == again.is_correct([0, 1, 1, 0]).tolist()
 
 
 def test_export_a_stored_model(stored, capsys):
     folder, _ = stored
-    name, kind = ("net", "tf_saved_model") if keras.backend.backend() == "jax" else ("net.onnx", "onnx")
-    arguments = ["export", str(folder / "model.keras"), str(folder / name), "--format", kind]
+    name = "net" if keras.backend.backend() == "jax" else "net.onnx"  # the suffix says the format
+    arguments = ["export", str(folder / "model.keras"), str(folder / name)]
     assert main([*arguments, "--preprocessing", "pixels / 16"]) == 0
     assert "radii from net" in capsys.readouterr().out
+    assert (folder / name).is_dir() == (name == "net")
     certificate = json.loads(next(folder.glob("*.certificate.json")).read_text())
     assert certificate["preprocessing"] == "pixels / 16"
 
@@ -157,7 +276,7 @@ def test_summary_with_data_and_as_json(stored, capsys):
     assert 0 < summary["lower"] <= summary["bound"]
 
 
-@pytest.mark.parametrize("broken", ["missing.keras", "garbage.keras", "code.keras"])
+@pytest.mark.parametrize("broken", ["garbage.keras", "code.keras"])
 def test_a_broken_or_hostile_model_is_an_error(broken, stored, capsys):
     folder, _ = stored
     (folder / "garbage.keras").write_bytes(b"not a model")
