@@ -7,7 +7,19 @@ from typing import Any, TypeAlias
 import keras
 
 from hkr_keras.certification.bounds import layer_bound
-from hkr_keras.certification.checks import check_built, check_is_plain_model
+from hkr_keras.certification.checks import build_shape, check_built, check_is_plain_model
+
+__all__ = [
+    "Layer",
+    "Rebuilder",
+    "StandIns",
+    "as_run",
+    "calls_of",
+    "copied",
+    "from_config",
+    "is_model",
+    "operations_of",
+]
 
 Layer: TypeAlias = keras.layers.Layer
 #: Layers that stand for another one, in the order of computation, and what gives them weights once they are built.
@@ -17,61 +29,89 @@ _k = keras.layers
 
 
 class Rebuilder:
-    """Rebuilds a model; what was shared stays shared. `stand_ins` tells of every layer what stands for it."""
+    """Rebuilds a model; what was shared stays shared. `stand_ins` tells of every layer what stands for it.
+
+    Args:
+        stand_ins: takes a layer, and returns new layers and what gives them their weights.
+    """
 
     def __init__(self, stand_ins: Callable[[Layer], StandIns]):
         self.stand_ins = stand_ins
-        self.known: dict[int, list[Layer]] = {}
-        self.followers: dict[int, list[Layer]] = {}
+        self.known: dict[Layer, list[Layer]] = {}
+        self.followers: dict[Layer, list[Layer]] = {}
         self.fills: list[Callable[[], None]] = []
 
-    def __call__(self, model):
-        new = self.model(model)
+    def __call__(self, model: keras.Model) -> keras.Model:
+        new = self._model(model)
         for fill in self.fills:
             fill()
         return new
 
-    def layer(self, layer) -> list[Layer]:
-        if id(layer) not in self.known:
-            new = self.known[id(layer)] = self._new(layer)
-            self.followers[id(new[0])] = new[1:]
-        return self.known[id(layer)]
+    def _layer(self, layer: Any) -> list[Layer]:
+        if layer not in self.known:
+            new = self.known[layer] = self._new(layer)
+            self.followers[new[0]] = new[1:]
+        return self.known[layer]
 
-    def _new(self, layer) -> list[Layer]:
+    def _new(self, layer: Any) -> list[Layer]:
         if not isinstance(layer, _k.Layer):  # an operation, which has no state
             return [layer]
         if is_model(layer):
-            return [self.model(layer)]
+            return [self._model(layer)]
         if type(layer) is _k.TimeDistributed:
-            inner = self.layer(layer.layer)
+            inner = self._layer(layer.layer)
             names = [layer.name, *(f"{layer.name}_{follower.name}" for follower in inner[1:])]
             return [_k.TimeDistributed(new, name=name) for new, name in zip(inner, names, strict=True)]
         new, fill = self.stand_ins(layer)
         self.fills.append(fill)
         return new or [_k.Identity(name=layer.name, dtype=layer.dtype_policy.name)]
 
-    def _call(self, layer, *args, **kwargs):
+    def _call(self, layer: Any, *args: Any, **kwargs: Any) -> Any:
         given = {name: value for name, value in kwargs.items() if value is not None}  # masks, which not all layers know
         outputs = layer(*args, **given)
-        for follower in self.followers.get(id(layer), ()):
+        for follower in self.followers.get(layer, ()):
             outputs = follower(outputs)
         return outputs
 
-    def model(self, model):
+    def _model(self, model: keras.Model) -> keras.Model:
+        view = as_run(model)
         if isinstance(model, keras.Sequential):
-            (tensor,) = model.inputs
+            (tensor,) = view.inputs
             start = keras.Input(batch_shape=tensor.shape, dtype=tensor.dtype, name=tensor.name)
-            return keras.Sequential([start, *(n for layer in model.layers for n in self.layer(layer))], name=model.name)
-        view = keras.Model(model.input, model.output, name=model.name)  # the same graph, not compiled
-        return keras.models.clone_model(view, clone_function=lambda old: self.layer(old)[0], call_function=self._call)
+            behind = [operation for operation in view.operations if not isinstance(operation, _k.InputLayer)]
+            return keras.Sequential([start, *(n for layer in behind for n in self._layer(layer))], name=model.name)
+        return keras.models.clone_model(view, clone_function=lambda old: self._layer(old)[0], call_function=self._call)
 
 
-def is_model(layer) -> bool:
+def is_model(layer: Any) -> bool:
     """Whether a layer is a model that is read layer by layer."""
     return isinstance(layer, keras.Model) and type(layer) not in layer_bound.registry
 
 
-def operations_of(model) -> list:
+def as_run(model: keras.Model) -> keras.Model:
+    """The graph that a model runs as a functional model, whatever has become of its list of layers.
+
+    Raises:
+        ValueError: for a Sequential model that has no graph.
+    """
+    if not isinstance(model, keras.Sequential):
+        return keras.Model(model.input, model.output, name=model.name)
+    if getattr(model, "inputs", None) is None:
+        raise ValueError(
+            "Expected a Sequential model with a graph: give it an Input of known shape. "
+            f"Received: model '{model.name}' without inputs"
+        )
+    return keras.Model(model.inputs, model.outputs, name=model.name)
+
+
+def calls_of(layer: Layer) -> list[list[tuple]]:
+    """The shapes of the inputs in every call of a layer, or else the one it was built for; empty without either."""
+    calls = [[tuple(tensor.shape) for tensor in node.input_tensors] for node in layer._inbound_nodes]
+    built = build_shape(layer)
+    return calls or ([] if built is None else [[built]])
+
+
+def operations_of(model: Any) -> list:
     """Every layer and operation of a model, those of nested models too, each once.
 
     Raises:
@@ -82,19 +122,18 @@ def operations_of(model) -> list:
     check_built(model)
     functional = (c for c in type(model).__mro__ if c.__name__ == "Functional" and c.__module__.startswith("keras."))
     check_is_plain_model(model, keras.Sequential if isinstance(model, keras.Sequential) else next(functional, None))
-    found: dict[int, Any] = {}
-    for operation in model.layers if isinstance(model, keras.Sequential) else model.operations:
+    found: dict[Any, None] = {}
+    for operation in as_run(model).operations:
         inner = operation.layer if type(operation) is _k.TimeDistributed else operation
-        for each in operations_of(inner) if is_model(inner) else [inner]:
-            found.setdefault(id(each), each)
-    return list(found.values())
+        found |= dict.fromkeys(operations_of(inner) if is_model(inner) else [inner])
+    return list(found)
 
 
-def copied(layer) -> StandIns:
+def copied(layer: Layer) -> StandIns:
     """A layer of the same class, configuration and weights."""
     new = type(layer).from_config(layer.get_config())
 
-    def fill():
+    def fill() -> None:
         new.set_weights(layer.get_weights())
         if isinstance(new, _k.Normalization) and new.weights:
             new.finalize_state()
@@ -102,11 +141,7 @@ def copied(layer) -> StandIns:
     return [new], fill
 
 
-def nothing() -> None:
-    """Gives no weights: the layer has them already, or none."""
-
-
-def from_config(cls: type, layer, **changes) -> Layer:
+def from_config(cls: type, layer: Layer, **changes: Any) -> Layer:
     """A layer of another class, with the settings of a layer that the class knows; kernel constraints are dropped."""
     known = {"name", "trainable", "dtype"}
     for base in cls.__mro__:  # as far as arguments are passed on

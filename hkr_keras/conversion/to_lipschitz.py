@@ -1,4 +1,4 @@
-"""Lipschitz layers in place of plain Keras ones, and constraints for models that are left as they are."""
+"""Lipschitz layers in place of plain Keras ones."""
 
 import functools
 import io
@@ -17,11 +17,10 @@ from hkr_keras.certification.bounds import activation_bound, lipschitz_bound, me
 from hkr_keras.certification.checks import build_shape, check_kernel_layer, check_merge
 from hkr_keras.certification.singular_values import as_float64
 from hkr_keras.conversion.rebuilding import Layer, Rebuilder, StandIns, copied, from_config, is_model, operations_of
-from hkr_keras.conversion.to_keras import keras_layers, to_keras
-from hkr_keras.geometry import kernel_geometries, model_kernels, overlap, weight_geometries
+from hkr_keras.geometry import kernel_geometries, overlap
 from hkr_keras.layers.base import LipschitzLayer
 
-__all__ = ["constrain", "keras_layers", "to_keras", "to_lipschitz"]
+__all__ = ["COUNTERPARTS", "Replacement", "to_lipschitz"]
 
 _k, _a = keras.layers, keras.activations
 
@@ -323,52 +322,3 @@ def _report(rows, model, bound: float) -> str:
         + "\n\nCompile the new model before you train it: "
         + f"model.compile('adam', loss=hkr_keras.losses.{loss}(alpha=50, margin=0.5))"
     )
-
-
-# ---- constraints on a model as it is --------------------------------------------------------------------
-
-
-def constrain(model, constraint=None, replace: Mapping[type | str, Any] | None = None):
-    """Sets constraints on the kernels of a model, in place, and moves these kernels onto the constraint set.
-
-    The layers stay what they are; training keeps their kernels there, since the optimizer applies constraints after
-    each step. Kernels that carry a constraint of this package keep it. Activations, poolings, normalisations and
-    additions are not touched: `lipschitz_bound` tells what the constant of the whole is.
-
-    Args:
-        model: a built model of Dense and convolution layers, compiled or not.
-        constraint: of all kernels; `None` for `Orthonormal()`.
-        replace: other constraints for layers of a class or name, `None` to leave their kernels alone. Names go first.
-
-    Returns:
-        The same model.
-
-    Raises:
-        ValueError: for a constraint of another library; for names that no layer has; for a model without kernels.
-
-    Example:
-
-    >>> model = keras.Sequential([keras.Input((4,)), _k.Dense(8, "relu"), _k.Dense(3)])
-    >>> bool(lipschitz_bound(constrain(model)) < 1 + 1e-5)
-    True
-    """
-    replace = replace or {}
-    kernels = list(model_kernels(model))
-    unknown = [key for key in replace if isinstance(key, str) and key not in {layer.name for layer, *_ in kernels}]
-    if unknown or not kernels:
-        names = [layer.name for layer, *_ in kernels]
-        raise ValueError(f"Expected layers with kernels, which are {names}. Received: replace={unknown}")
-    for layer, kernel, geometry in kernels:
-        given = [replace[key] for key in (layer.name, *type(layer).__mro__) if key in replace]
-        if (given and given[0] is None) or (
-            not given and isinstance(kernel.constraint, constraints.LipschitzConstraint)
-        ):
-            continue
-        bound = constraints.get(given[0] if given else constraint).bind(geometry)
-        name = next(name for name in weight_geometries(layer) if getattr(layer, name) is kernel)
-        settings = (f"{name.removesuffix('_kernel')}_constraint", "kernel_constraint", "depthwise_constraint")
-        setattr(layer, next(setting for setting in settings if hasattr(layer, setting)), bound)  # for its config
-        kernel.constraint = bound
-        kernel.assign(bound.polish(kernel))
-    model.train_function = None  # a compiled one holds the constraints of before
-    return model

@@ -8,10 +8,11 @@ import numpy as np
 from keras import ops
 
 from hkr_keras._registration import registered
+from hkr_keras.layers.base import PlainLayers
 
 Tensor = Any
 
-MATRIX_CHANNELS = 64  # up to here a product with a constant matrix is cheap
+_MATRIX_CHANNELS = 64  # up to here a product with a constant matrix is cheap
 
 
 def group_sort(x: Tensor, n: int = 2, axis: int = -1) -> Tensor:
@@ -76,7 +77,7 @@ def _matrix_width(channels: int) -> int:
     backend = keras.backend.backend()
     if backend == "torch" or any(not device.startswith("cpu") for device in keras.distribution.list_devices()):
         return 0
-    if channels <= MATRIX_CHANNELS:
+    if channels <= _MATRIX_CHANNELS:
         return channels
     width = math.gcd(channels, 32)
     return width if backend == "tensorflow" and width >= 8 else 0
@@ -130,11 +131,31 @@ class _ChannelActivation(keras.layers.Layer):
         self.input_spec = keras.layers.InputSpec(axes={self.axis: channels})
         self.built = True
 
+    def as_keras(self, new: PlainLayers, *inputs: Tensor) -> Tensor:
+        """What stands for the layer along the last axis, to which its axis is moved and back."""
+        (x,) = inputs
+        axis, rank = self.axis % len(x.shape), len(x.shape)
+        if axis == rank - 1:
+            return self._as_keras(new, x)
+        there = [i for i in range(1, rank) if i != axis] + [axis]
+        back = [there.index(i) + 1 for i in range(1, rank)]
+        return new(keras.layers.Permute, back)(self._as_keras(new, new(keras.layers.Permute, there)(x)))
+
+    def _as_keras(self, new: PlainLayers, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
     def compute_output_shape(self, input_shape):
         return input_shape
 
     def get_config(self):
         return {**super().get_config(), "axis": self.axis}
+
+
+def _reflected(new: PlainLayers, x: Tensor, normals: np.ndarray, factor: float) -> Tensor:
+    """`x - factor relu(x N) N^T` in Dense layers: reflects what lies beyond a line, for every pair of channels."""
+    beyond = new(keras.layers.Dense, normals.shape[1], activation="relu", use_bias=False, weights=[normals])(x)
+    back = new(keras.layers.Dense, x.shape[-1], use_bias=False, weights=[-factor * normals.T])(beyond)
+    return new(keras.layers.Add)([x, back])
 
 
 @registered
@@ -173,6 +194,20 @@ class GroupSort(_ChannelActivation):
     def call(self, inputs):
         return group_sort(inputs, self.n, self.axis)
 
+    def _as_keras(self, new: PlainLayers, x: Tensor) -> Tensor:
+        *sizes, channels = x.shape[1:]
+        if self.n == 2 and channels <= _MATRIX_CHANNELS:
+            return _reflected(new, x, pair_differences(channels), 1.0)
+        if None in sizes:
+            raise ValueError(f"Expected inputs of known size to convert '{self.name}'. Received: shape={x.shape}")
+        groups = new(keras.layers.Reshape, (*sizes, channels // self.n, self.n))(x)
+        if self.n == 2:
+            ends = [extreme(groups, axis=-1, keepdims=True) for extreme in (ops.min, ops.max)]
+            groups = new(keras.layers.Concatenate)(ends)
+        else:
+            groups = ops.sort(groups, axis=-1)
+        return new(keras.layers.Reshape, (*sizes, channels))(groups)
+
     def get_config(self):
         return {"n": self.n, **super().get_config()}
 
@@ -205,6 +240,13 @@ class MaxMin(_ChannelActivation):
         excess = ops.relu(second - first)  # whose gradient costs a tenth of that of a maximum
         return ops.concatenate([first + excess, second - excess], axis=self.axis)
 
+    def as_keras(self, new: PlainLayers, *inputs: Tensor) -> Tensor:
+        """The larger and the smaller of the two halves."""
+        pair = ops.split(inputs[0], 2, axis=self.axis)
+        return new(keras.layers.Concatenate, axis=self.axis)(
+            [new(keras.layers.Maximum)(pair), new(keras.layers.Minimum)(pair)]
+        )
+
 
 @registered
 class FullSort(_ChannelActivation):
@@ -230,6 +272,10 @@ class FullSort(_ChannelActivation):
 
     def call(self, inputs):
         return ops.sort(inputs, axis=self.axis)
+
+    def as_keras(self, new: PlainLayers, *inputs: Tensor) -> Tensor:
+        """The operation of Keras."""
+        return ops.sort(inputs[0], axis=self.axis)
 
 
 @registered
@@ -262,3 +308,7 @@ class Householder(_ChannelActivation):
 
     def call(self, inputs):
         return householder(inputs, self.angles, self.axis)
+
+    def _as_keras(self, new: PlainLayers, x: Tensor) -> Tensor:
+        half = ops.convert_to_numpy(self.angles) / 2
+        return _reflected(new, x, np.concatenate([np.diag(-np.sin(half)), np.diag(np.cos(half))]), 2.0)

@@ -10,7 +10,7 @@ from keras import ops
 
 from hkr_keras._registration import registered
 from hkr_keras.geometry import Geometry, kernel_geometries, weight_geometries
-from hkr_keras.layers.base import ComposedKernel, LipschitzLayer, at_least_float32
+from hkr_keras.layers.base import ComposedKernel, LipschitzLayer, PlainLayers, at_least_float32
 
 Tensor = Any
 
@@ -201,6 +201,9 @@ class _Residual(LipschitzLayer, keras.layers.Layer):
         """W, computed from the weight `unscaled` wherever it is read."""
         return almost_orthogonal(at_least_float32(self.unscaled), self.strides)
 
+    def _stored(self) -> list:
+        return [ops.convert_to_numpy(weight) for weight in (self.kernel, self.bias)]
+
     def compute_output_shape(self, input_shape):
         return input_shape
 
@@ -270,6 +273,13 @@ class SLLDense(_Residual):
         hidden = ops.relu(ops.matmul(inputs, kernel) + self.bias)
         return inputs - 2 * ops.matmul(hidden, ops.transpose(kernel))
 
+    def as_keras(self, new: PlainLayers, *inputs: Tensor) -> Tensor:
+        """Two Dense layers and a sum."""
+        (x,), (kernel, bias) = inputs, self._stored()
+        hidden = new(keras.layers.Dense, self.units, activation="relu", weights=[kernel, bias])(x)
+        back = new(keras.layers.Dense, x.shape[-1], use_bias=False, weights=[-2 * kernel.T])(hidden)
+        return new(keras.layers.Add)([x, back])
+
     def get_config(self):
         return {"units": self.units, **super().get_config()}
 
@@ -323,6 +333,14 @@ class SLLConv2D(_Residual):
         kernel = ops.cast(self.kernel, self.compute_dtype)
         hidden = ops.relu(ops.conv(inputs, kernel, padding="same", data_format="channels_last") + self.bias)
         return inputs - 2 * ops.conv_transpose(hidden, kernel, padding="same", data_format="channels_last")
+
+    def as_keras(self, new: PlainLayers, *inputs: Tensor) -> Tensor:
+        """A convolution, its adjoint and a sum."""
+        (x,), (kernel, bias) = inputs, self._stored()
+        settings = {"kernel_size": self.kernel_size, "padding": "same", "data_format": "channels_last"}
+        hidden = new(keras.layers.Conv2D, self.filters, activation="relu", weights=[kernel, bias], **settings)(x)
+        adjoint = new(keras.layers.Conv2DTranspose, x.shape[-1], use_bias=False, weights=[-2 * kernel], **settings)
+        return new(keras.layers.Add)([x, adjoint(hidden)])
 
     def get_config(self):
         return {"filters": self.filters, "kernel_size": self.kernel_size, **super().get_config()}

@@ -1,12 +1,44 @@
 """The one seam between this package and Keras's own layers."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol, TypeAlias
 
 import keras
 from keras import ops
 
 from hkr_keras import constraints
 from hkr_keras.geometry import weight_geometries
+
+__all__ = ["ComposedKernel", "LipschitzLayer", "PlainLayers", "at_least_float32", "keras_class"]
+
+Tensor: TypeAlias = Any
+Layer: TypeAlias = keras.layers.Layer
+
+
+class PlainLayers(Protocol):
+    """Makes the plain Keras layers that stand for a layer: the argument `new` of its method `as_keras(new, *inputs)`.
+
+    `as_keras` returns one such layer that is not called yet, or, where it takes several, the output of them on
+    symbolic inputs. `hkr_keras.conversion.to_keras` then gives all of them their weights.
+    """
+
+    def __call__(self, cls: type, *args: Any, weights: Sequence[Any] = (), **settings: Any) -> Any:
+        """A frozen layer `cls(*args, **settings)` in the precision of the layer that it stands for."""
+
+    def alike(self, cls: type, weights: Sequence[Any] = (), **changes: Any) -> Any:
+        """A layer with the name of the one it stands for, and those of its settings that `cls` knows."""
+
+
+def keras_class(layer: Layer) -> type:
+    """The class of Keras that a layer of this package adds to.
+
+    Example:
+
+    >>> import hkr_keras as hkr
+    >>> keras_class(hkr.layers.LipschitzDense(2)).__name__
+    'Dense'
+    """
+    return next(cls for cls in type(layer).__mro__ if cls.__module__.startswith("keras."))
 
 
 class LipschitzLayer:
@@ -31,6 +63,13 @@ class LipschitzLayer:
     name: Any
     quantization_mode: Any
 
+    def build(self, input_shape: Sequence[int | None]) -> None:
+        """Adds the weights, those of an activation that is a layer too: Keras would add these in its first call."""
+        super().build(input_shape)  # type: ignore[misc]
+        activation = getattr(self, "activation", None)
+        if isinstance(activation, keras.layers.Layer) and not activation.built:
+            activation.build(self.compute_output_shape(input_shape))  # type: ignore[attr-defined]
+
     def add_weight(self, *args, name=None, initializer=None, constraint=None, **kwargs):
         geometry = weight_geometries(self).get(name)
         if geometry is not None:
@@ -41,6 +80,10 @@ class LipschitzLayer:
         return super().add_weight(  # type: ignore[misc]
             *args, name=name, initializer=initializer, constraint=constraint, **kwargs
         )
+
+    def as_keras(self, new: PlainLayers, *inputs: Tensor) -> Layer | Tensor:
+        """What the layer is in plain Keras layers: see `PlainLayers`."""
+        return new.alike(keras_class(self), self.get_weights())  # type: ignore[attr-defined]
 
     def enable_lora(self, rank, *args, **kwargs):
         raise ValueError(
@@ -98,6 +141,14 @@ class ComposedKernel(LipschitzLayer, keras.layers.Layer):
             shape = (1, -1, *(1 for _ in outputs.shape[2:])) if first else (-1,)
             outputs = outputs + ops.reshape(self.bias, shape)
         return outputs if self.activation is None else self.activation(outputs)
+
+    def as_keras(self, new: PlainLayers, *inputs: Tensor) -> Layer | Tensor:
+        """The layer with its kernel stored."""
+        return new.alike(keras_class(self), self._stored())
+
+    def _stored(self) -> list:
+        """The composed kernel and the bias."""
+        return [ops.convert_to_numpy(weight) for weight in (self.kernel, self.bias) if weight is not None]
 
     def save_own_variables(self, store):
         keras.layers.Layer.save_own_variables(self, store)

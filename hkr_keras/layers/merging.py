@@ -1,11 +1,15 @@
 """Merging and scaling."""
 
 import math
+from typing import Any
 
 import keras
 from keras import ops
 
 from hkr_keras._registration import registered
+from hkr_keras.layers.base import Layer, PlainLayers
+
+Tensor = Any
 
 
 @registered
@@ -47,6 +51,13 @@ class LipschitzResidual(keras.layers.Layer):
         weights = ops.cast(ops.softmax(self.mixing_logits), inputs[0].dtype)
         return sum(weights[i] * x for i, x in enumerate(inputs))
 
+    def as_keras(self, new: PlainLayers, *inputs: Tensor) -> Tensor:
+        """A sum of scaled branches."""
+        weights = ops.convert_to_numpy(ops.softmax(self.mixing_logits)).tolist()
+        return new(keras.layers.Add)(
+            [new(keras.layers.Rescaling, weight)(x) for weight, x in zip(weights, inputs, strict=True)]
+        )
+
     def compute_output_shape(self, input_shape):
         return input_shape[0]
 
@@ -80,6 +91,10 @@ class Scale(keras.layers.Layer):
 
     def call(self, inputs):
         return ops.cast(inputs, self.compute_dtype) * ops.cast(self.k, self.compute_dtype)
+
+    def as_keras(self, new: PlainLayers, *inputs: Tensor) -> Layer:
+        """The same layer of Keras."""
+        return new.alike(keras.layers.Rescaling, scale=self.k, offset=0.0)
 
     def compute_output_shape(self, input_shape):
         return input_shape

@@ -1,9 +1,14 @@
 """Centring: the half of normalisation that has constant 1. Dividing by a standard deviation has none."""
 
+from typing import Any
+
 import keras
 from keras import ops
 
 from hkr_keras._registration import registered
+from hkr_keras.layers.base import Layer, PlainLayers
+
+Tensor = Any
 
 
 @registered
@@ -50,6 +55,13 @@ class LayerCentering(keras.layers.Layer):
     def call(self, inputs):
         outputs = inputs - ops.mean(inputs, axis=self.axis, keepdims=True)
         return outputs + ops.cast(self.bias, outputs.dtype) if self.center else outputs
+
+    def as_keras(self, new: PlainLayers, *inputs: Tensor) -> Tensor:
+        """A difference, and an offset."""
+        outputs = inputs[0] - ops.mean(inputs[0], axis=self.axis, keepdims=True)
+        if not self.center:
+            return outputs
+        return new(keras.layers.Rescaling, 1.0, offset=ops.convert_to_numpy(self.bias).tolist())(outputs)
 
     def compute_output_shape(self, input_shape):
         return input_shape
@@ -119,6 +131,12 @@ class BatchCentering(keras.layers.Layer):
             self.moving_mean.assign(moving)
         shift = ops.cast(self.bias, inputs.dtype) - mean if self.center else -mean
         return inputs + ops.reshape(shift, shape)
+
+    def as_keras(self, new: PlainLayers, *inputs: Tensor) -> Layer:
+        """A batch normalisation with a variance of 1."""
+        mean = ops.convert_to_numpy(self.moving_mean)
+        weights = [*([ops.convert_to_numpy(self.bias)] if self.center else []), mean, mean * 0 + 1]
+        return new.alike(keras.layers.BatchNormalization, weights, epsilon=0.0, scale=False)
 
     def compute_output_shape(self, input_shape):
         return input_shape

@@ -12,7 +12,7 @@ from keras import ops
 from hkr_keras import constraints
 from hkr_keras._registration import registered
 from hkr_keras.geometry import Geometry, weight_geometries
-from hkr_keras.layers.base import ComposedKernel, at_least_float32
+from hkr_keras.layers.base import ComposedKernel, Layer, PlainLayers, at_least_float32, keras_class
 
 Tensor = Any
 
@@ -224,6 +224,14 @@ class _OrthogonalConvolution(ComposedKernel):
                     f"Expected {type(self).__name__} '{self.name}' with padding='circular' to receive inputs of "
                     f"known size, at least {least} and a multiple of {multiple}. Received: shape={tuple(shape)}"
                 )
+
+    def as_keras(self, new: PlainLayers, *inputs: Tensor) -> Layer | Tensor:
+        """The layer with its kernel stored; on a circle, without padding on an input that is continued first."""
+        if not self.circular:
+            return super().as_keras(new, *inputs)
+        (x,) = inputs
+        plain = new.alike(keras_class(self), self._stored(), padding="valid", activation=None)
+        return new(keras.layers.Activation, self.activation)(self.cut(plain(self.continued(x)), x.shape))
 
     def get_config(self):
         config = super().get_config()

@@ -1,21 +1,26 @@
 """Pooling with a constant of 1: windows are scaled so that nothing of the budget is wasted."""
 
+import functools
 import math
+from typing import Any
 
 import keras
 from keras import ops
 
 from hkr_keras._registration import registered
 from hkr_keras.geometry import overlap
+from hkr_keras.layers.base import PlainLayers
 
-SQUARED_FLOOR = 1e-24  # keeps the gradient of the root finite at 0
+Tensor = Any
+
+_SQUARED_FLOOR = 1e-24  # keeps the gradient of the root finite at 0
 
 
 def _l2_norm(mean, inputs, cells):
     """The root of `cells * mean(inputs^2)`, in at least float32: half precision cannot hold the squares."""
     dtype = keras.backend.result_type(inputs.dtype, "float32")
     squares = cells * mean(ops.square(ops.cast(inputs, dtype)))
-    return ops.cast(ops.sqrt(ops.maximum(squares, SQUARED_FLOOR)), inputs.dtype)
+    return ops.cast(ops.sqrt(ops.maximum(squares, _SQUARED_FLOOR)), inputs.dtype)
 
 
 class _WindowPooling:
@@ -48,20 +53,43 @@ class _WindowPooling:
             widths[axis] = (missing // 2, missing - missing // 2)
         return widths
 
+    def _mean_as_keras(self, new: PlainLayers, x: Tensor) -> Tensor:
+        """As `_mean`: cells outside the input count as zeros."""
+        settings = {"strides": self.strides, "padding": self.padding, "data_format": self.data_format}
+        rank = len(self.pool_size)
+        if self.padding == "valid":
+            return new(getattr(keras.layers, f"AveragePooling{rank}D"), self.pool_size, **settings)(x)
+        channels = x.shape[-1 if self.data_format == "channels_last" else 1]
+        window = ops.convert_to_numpy(ops.full((*self.pool_size, channels, 1), 1 / math.prod(self.pool_size)))
+        cls = getattr(keras.layers, f"DepthwiseConv{rank}D")
+        return new(cls, self.pool_size, use_bias=False, weights=[window], **settings)(x)
+
 
 class _ScaledAverage(_WindowPooling):
     def call(self, inputs):
         return self._mean(inputs) * math.sqrt(self.cells)
+
+    def as_keras(self, new: PlainLayers, *inputs: Tensor) -> Tensor:
+        """Means of windows, rescaled."""
+        return new(keras.layers.Rescaling, math.sqrt(self.cells))(self._mean_as_keras(new, inputs[0]))
 
 
 class _L2Norm(_WindowPooling):
     def call(self, inputs):
         return _l2_norm(self._mean, inputs, self.cells)
 
+    def as_keras(self, new: PlainLayers, *inputs: Tensor) -> Tensor:
+        """Roots of sums of squares, in float32: half precision cannot hold the squares."""
+        wide = functools.partial(new, dtype="float32")
+        means = self._mean_as_keras(wide, wide(keras.layers.Multiply)([inputs[0], inputs[0]]))  # type: ignore[arg-type]
+        squares = wide(keras.layers.Rescaling, self.cells)(means)
+        return new(keras.layers.Identity)(ops.sqrt(ops.maximum(squares, _SQUARED_FLOOR)))
+
 
 class _GlobalPooling:
     """What the global layers share. Mixin before a Keras global average pooling layer."""
 
+    name: str
     data_format: str
     keepdims: bool
 
@@ -83,10 +111,23 @@ class _ScaledGlobalAverage(_GlobalPooling):
         root = ops.sqrt(ops.cast(cells, "float32"))  # half precision cannot hold large counts
         return self._sum(inputs, mask) / ops.cast(root, inputs.dtype)
 
+    def as_keras(self, new: PlainLayers, *inputs: Tensor) -> Tensor:
+        """A sum, rescaled."""
+        (x,) = inputs
+        sizes = [x.shape[axis] for axis in self.spatial_axes(x)]
+        if None in sizes:
+            raise ValueError(f"Expected inputs of known size to convert '{self.name}'. Received: shape={x.shape}")
+        return new(keras.layers.Rescaling, 1 / math.sqrt(math.prod(sizes)))(self._sum(x))
+
 
 class _GlobalL2Norm(_GlobalPooling):
     def call(self, inputs, mask=None):
         return _l2_norm(lambda squares: self._sum(squares, mask), inputs, 1.0)
+
+    def as_keras(self, new: PlainLayers, *inputs: Tensor) -> Tensor:
+        """The root of a sum of squares, in float32: half precision cannot hold the squares."""
+        squares = self._sum(new(keras.layers.Multiply, dtype="float32")([inputs[0], inputs[0]]))
+        return new(keras.layers.Identity)(ops.sqrt(ops.maximum(squares, _SQUARED_FLOOR)))
 
 
 @registered
@@ -245,10 +286,30 @@ class _Rearrangement2D(keras.layers.Layer):
         height, width, channels = self._output_sizes(height, width, channels)
         return (input_shape[0], height, width, channels) if last else (input_shape[0], channels, height, width)
 
+    def _splits(self, height, width, channels):
+        """The sizes into which an image is split, and those into which the pieces are joined after a transposition."""
+        raise NotImplementedError
+
+    def _rearrange(self, x):
+        batch, *sizes = ops.shape(x)
+        split, joined = self._splits(*sizes)
+        return ops.reshape(ops.transpose(ops.reshape(x, (batch, *split)), (0, 1, 3, 2, 4)), (batch, *joined))
+
     def call(self, inputs):
         if self.data_format == "channels_last":
             return self._rearrange(inputs)
         return ops.transpose(self._rearrange(ops.transpose(inputs, (0, 2, 3, 1))), (0, 3, 1, 2))
+
+    def as_keras(self, new: PlainLayers, *inputs: Tensor) -> Tensor:
+        """Two reshapes and a transposition."""
+        (x,), last = inputs, self.data_format == "channels_last"
+        if None in x.shape[1:]:
+            raise ValueError(f"Expected inputs of known size to convert '{self.name}'. Received: shape={x.shape}")
+        x = x if last else new(keras.layers.Permute, (2, 3, 1))(x)
+        split, joined = self._splits(*x.shape[1:])
+        x = new(keras.layers.Permute, (1, 3, 2, 4))(new(keras.layers.Reshape, split)(x))
+        x = new(keras.layers.Reshape, joined)(x)
+        return x if last else new(keras.layers.Permute, (3, 1, 2))(x)
 
 
 @registered
@@ -285,11 +346,9 @@ class InvertibleDownsampling2D(_Rearrangement2D):
             )
         return height and height // p, width and width // q, channels * p * q
 
-    def _rearrange(self, x):
-        (p, q), (batch, height, width, channels) = self.pool_size, ops.shape(x)
-        x = ops.reshape(x, (batch, height // p, p, width // q, q * channels))
-        x = ops.transpose(x, (0, 1, 3, 2, 4))
-        return ops.reshape(x, (batch, height // p, width // q, p * q * channels))
+    def _splits(self, height, width, channels):
+        p, q = self.pool_size
+        return (height // p, p, width // q, q * channels), (height // p, width // q, p * q * channels)
 
 
 @registered
@@ -326,8 +385,6 @@ class InvertibleUpsampling2D(_Rearrangement2D):
             )
         return height and height * p, width and width * q, channels // (p * q)
 
-    def _rearrange(self, x):
-        (p, q), (batch, height, width, channels) = self.pool_size, ops.shape(x)
-        x = ops.reshape(x, (batch, height, width, p, channels // p))
-        x = ops.transpose(x, (0, 1, 3, 2, 4))
-        return ops.reshape(x, (batch, height * p, width * q, channels // (p * q)))
+    def _splits(self, height, width, channels):
+        p, q = self.pool_size
+        return (height, width, p, channels // p), (height * p, width * q, channels // (p * q))

@@ -1,13 +1,15 @@
 """A recurrent layer with a constant of 1 for sequences of a given length."""
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import keras
 import numpy as np
 
 from hkr_keras._registration import registered
 from hkr_keras.geometry import Geometry, kernel_geometries
-from hkr_keras.layers.base import LipschitzLayer
+from hkr_keras.layers.base import Layer, LipschitzLayer, PlainLayers
 
 _EXACT_LENGTH = 512  # up to here the norm of the matrix of powers is computed, beyond it is bounded
 
@@ -57,6 +59,9 @@ class LipschitzSimpleRNNCell(LipschitzLayer, keras.layers.SimpleRNNCell):
     """
 
     gain = 1.0
+
+    def compute_output_shape(self, input_shape: Sequence[int | None]) -> tuple[int | None, ...]:
+        return (*input_shape[:-1], self.units)
 
 
 @kernel_geometries.register
@@ -156,6 +161,15 @@ class LipschitzSimpleRNN(keras.layers.RNN):
         self.cell.gain = recurrence_bound(length, 1.0, 1.0, self.return_sequences)
         super().build(sequences_shape)
         self.input_spec = keras.layers.InputSpec(ndim=3, axes={1: length, 2: sequences_shape[2]})
+
+    def as_keras(self, new: PlainLayers, *inputs: Any) -> Layer:
+        """The same layer of Keras."""
+        if isinstance(self.cell.activation, keras.layers.Layer):
+            raise ValueError(
+                "Expected an activation that is a function of Keras, since nothing can be put behind it inside a "
+                f"recurrent layer. Received: {self.name}.activation={type(self.cell.activation).__name__}"
+            )
+        return new.alike(keras.layers.SimpleRNN, self.get_weights())
 
     def get_config(self):
         names = [

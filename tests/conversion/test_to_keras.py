@@ -181,3 +181,94 @@ def test_refuses_what_would_still_need_this_package():
         hkr.to_keras(model)
     with pytest.raises(ValueError, match="Expected inputs of known size to convert 'squeeze'"):
         hkr.to_keras(keras.Sequential([keras.Input((None, None, 4)), L.InvertibleDownsampling2D(2, name="squeeze")]))
+
+
+ACTIVATIONS = [lambda: L.GroupSort(2), lambda: L.GroupSort(4), L.MaxMin, L.FullSort, L.Householder, K.PReLU]
+
+
+@pytest.mark.many
+@pytest.mark.parametrize("make", ACTIVATIONS)
+@pytest.mark.parametrize("kernels_only", [False, True])
+def test_a_layer_as_activation_becomes_a_layer_behind(make, kernels_only):
+    x = keras.Input(IMAGE)
+    y = L.OrthogonalConv2D(8, 3, padding="circular", activation=make(), name="circle")(x)
+    y = L.LipschitzConv2D(8, 3, activation=make(), name="convolution")(y)
+    y = K.TimeDistributed(L.LipschitzDense(8, activation=make()))(K.Reshape((16, 8))(y))
+    y = K.Activation(L.MaxMin())(K.Dense(8, activation=L.GroupSort(2))(K.Flatten()(y)))
+    model = keras.Model(x, L.AOLDense(4, activation=make())(y))
+    for i, weight in enumerate(model.weights):
+        if weight.name in ("bias", "angles", "alpha"):
+            weight.assign(normal(weight.shape, seed=i))
+    plain = hkr.to_keras(model, kernels_only=kernels_only)
+    assert kernels_only or "hkr_keras" not in plain.to_json()
+    x = normal((3, *IMAGE))
+    np.testing.assert_allclose(to_numpy(plain(x)), to_numpy(model(x)), atol=2e-6)
+    names = [layer.name for layer in plain.layers]
+    assert names[names.index("convolution") + 1] == "convolution_activation"
+
+
+def test_a_recurrent_layer_with_a_layer_as_activation_is_refused_by_name():
+    model = keras.Sequential([keras.Input(SEQUENCE), L.LipschitzSimpleRNN(4, activation=L.GroupSort(2), name="memory")])
+    with pytest.raises(ValueError, match=r"Received: memory\.activation=GroupSort"):
+        hkr.to_keras(model)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_what_runs_is_converted_whatever_the_list_of_layers_says(nested):
+    """After a private `pop` the model still runs all of its layers, and so must what is shipped."""
+    inner = keras.Sequential([keras.Input((4,)), L.LipschitzDense(4), L.Scale(10.0)])
+    model = keras.Sequential([keras.Input((5, 4)), K.TimeDistributed(inner)]) if nested else inner
+    inner._layers.pop()
+    x = normal((3, *model.input_shape[1:]))
+    expected = to_numpy(model(x))
+    for kernels_only in (False, True):
+        np.testing.assert_allclose(to_numpy(hkr.to_keras(model, kernels_only)(x)), expected, rtol=1e-5, atol=1e-6)
+    assert np.abs(expected).max() > 5
+    assert hkr.lipschitz_bound(hkr.to_lipschitz(model, print_fn=None)) == pytest.approx(10, rel=1e-4)
+
+
+def test_layers_that_do_not_run_are_not_converted():
+    model = keras.Sequential([keras.Input((4,)), L.LipschitzDense(4)])
+    model._layers.append(L.Scale(10.0))
+    x = normal((3, 4))
+    np.testing.assert_allclose(to_numpy(hkr.to_keras(model)(x)), to_numpy(model(x)), atol=1e-6)
+    functional = keras.Model(model.inputs[0], model.outputs[0])
+    functional._operations.pop()
+    functional._layers.pop()
+    np.testing.assert_allclose(to_numpy(hkr.to_keras(functional)(x)), to_numpy(functional(x)), atol=1e-6)
+
+
+def test_a_model_changed_and_not_built_again_is_refused():
+    model = keras.Sequential([keras.Input((4,)), L.LipschitzDense(4), L.Scale(10.0)])
+    model.pop(rebuild=False)
+    with pytest.raises(ValueError, match="Expected a built model"):
+        hkr.to_keras(model)
+    model.built = True
+    with pytest.raises(ValueError, match="Expected a Sequential model with a graph"):
+        hkr.to_keras(model)
+
+
+def test_layers_shared_by_inputs_of_several_ranks():
+    vector, sequence = keras.Input((4,)), keras.Input((3, 4))
+    dense = L.LipschitzDense(4)
+    model = keras.Model([vector, sequence], [dense(vector), dense(sequence)])
+    x = [normal((2, 4)), normal((2, 3, 4))]
+    for old, new in zip(model(x), hkr.to_keras(model)(x), strict=True):
+        np.testing.assert_allclose(to_numpy(new), to_numpy(old), atol=1e-6)
+    sort = L.GroupSort(2, name="sort")
+    model = keras.Model([vector, sequence], [sort(vector), sort(sequence)])
+    with pytest.raises(ValueError, match="Expected GroupSort 'sort' to be applied to inputs of one rank"):
+        hkr.to_keras(model)
+
+
+class Doubled(L.MaxMin):
+    """What a subclass computes is its own."""
+
+    def call(self, inputs):
+        return 0.5 * super().call(inputs)
+
+
+def test_a_subclass_with_a_forward_pass_of_its_own_is_not_taken_for_its_parent():
+    model = keras.Sequential([keras.Input((4,)), Doubled(name="own")])
+    with pytest.raises(ValueError, match="Received: Doubled 'own', which overrides call"):
+        hkr.to_keras(model)
