@@ -39,7 +39,7 @@ def test_figures_are_those_stored(make):
         assert_no_worse(name, found[name], stored[name], make.__name__ in TIGHTER)
     if isinstance(x, np.ndarray):
         near = x + normal(x.shape, seed=7, scale=1e-2)
-        assert largest_ratio(lambda a: model(a), x, near) <= found["bound"] * (1 + 1e-4)
+        assert largest_ratio(model, x, near) <= found["bound"] * (1 + 1e-4)
 
 
 def test_exceptions_are_models_of_the_zoo():

@@ -1,4 +1,4 @@
-"""Writes the figures of the zoo at the present version: `python tests/stored/make_zoo.py`. Run it only to move the goal."""
+"""Writes the figures of the zoo at the present version: `python tests/stored/make_zoo.py`."""
 
 import pathlib
 import sys
