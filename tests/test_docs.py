@@ -66,10 +66,15 @@ def test_code_of_pages_runs(page, monkeypatch, tmp_path):
     assert blocks or page.stem in ("lipschitz_networks", "limits")
 
 
+RAW = "https://raw.githubusercontent.com/hkr-keras/hkr_keras/main/"
+
+
 def test_pages_have_no_dead_ends():
     """Links between files of the repository lead somewhere; those of the site are checked when it is built."""
     for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md"):
-        targets = re.findall(r"\]\((?!http|#)([^)#]+)", page.read_text()) + re.findall(
-            r'src="(?!http)([^"]+)', page.read_text()
-        )
-        assert targets == [] or all((page.parent / target).exists() for target in targets), targets
+        text = page.read_text()
+        links = re.findall(r"\]\((?!http|#)([^)#]+)", text)
+        pictures = re.findall(r'src="([^"]+)"', text)
+        assert all(picture.startswith(RAW) for picture in pictures), "a package index shows absolute addresses only"
+        targets = links + [picture.removeprefix(RAW) for picture in pictures]
+        assert [target for target in targets if not (page.parent / target).exists()] == []
