@@ -327,10 +327,10 @@ def _check_rigorous(model) -> None:
         )
     for weight in model.weights:
         values = np.abs(np.asarray(keras.ops.convert_to_numpy(weight.value), dtype=np.float64))
-        if ((values > 0) & (values < SMALLEST_NORMAL)).any():
+        if subnormal := np.count_nonzero((values > 0) & (values < SMALLEST_NORMAL)):
             raise ValueError(
                 "Expected no subnormal weights, which some machines take for 0: set those below 2^-126 to 0. "
-                f"Received: {weight.path} with subnormal entries"
+                f"Received: {weight.path} with {subnormal} subnormal entries"
             )
     numbers = np.full((64, 64), 1 + 2.0**-20, dtype="float32")
     kernel = np.eye(64, dtype="float32")
