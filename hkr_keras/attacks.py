@@ -13,6 +13,7 @@ from keras import ops
 
 from hkr_keras import margins
 from hkr_keras._backends.gradients import as_function, first_change
+from hkr_keras._validation import number
 from hkr_keras.certification.certificates import Certificate, certify
 
 ROUNDING = 1e-5  # of |x| + radius: how far from its boundary a float32 network may change its prediction
@@ -321,7 +322,7 @@ def evaluate_robustness(
     >>> found.certified.tolist(), found.attacked.tolist(), found.distance.round(3).tolist()
     ([0.5], [0.5], [1.414, 0.354])
     """
-    epsilons = [margins.number("epsilon", epsilon, strict=True) for epsilon in epsilons]
+    epsilons = [number("epsilon", epsilon, strict=True) for epsilon in epsilons]
     chosen = {_name(attack): _attack(attack) for attack in attacks}
     if not epsilons or not chosen:
         raise ValueError(f"Expected epsilons and attacks. Received: epsilons={epsilons}, attacks={list(attacks)}")

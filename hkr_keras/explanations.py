@@ -8,6 +8,7 @@ import numpy as np
 
 from hkr_keras import margins
 from hkr_keras._backends.gradients import first_change, in_batches, input_gradient
+from hkr_keras._validation import number
 
 
 def saliency(model, x, target=None, batch_size: int = 128) -> np.ndarray:
@@ -73,7 +74,7 @@ def counterfactual(model, x, target=None, t: float = 2.0, clip=None, batch_size:
     Reference:
         Serrurier et al., NeurIPS 2023 (arXiv 2206.06854).
     """
-    t = margins.number("t", t)
+    t = number("t", t)
     x, logits = _inputs_and_logits(model, x, batch_size)
     return _clipped(x + t * _to_the_boundary(model, x, logits, target, batch_size), clip)
 
@@ -101,7 +102,7 @@ def nearest_adversarial(model, x, target=None, clip=None, reach: float = 16.0, b
     >>> nearest_adversarial(model, np.array([[2.0, 1.0]])).round(4).tolist()
     [[1.5, 1.5]]
     """
-    reach = margins.number("reach", reach, lowest=1.0)
+    reach = number("reach", reach, lowest=1.0)
     x, logits = _inputs_and_logits(model, x, batch_size)
     prediction, move = logits.argmax(axis=1), _to_the_boundary(model, x, logits, target, batch_size)
 

@@ -13,6 +13,7 @@ from keras import ops
 
 from hkr_keras import margins
 from hkr_keras._registration import registered
+from hkr_keras._validation import number
 
 Tensor = Any
 
@@ -130,9 +131,9 @@ def _combine(alpha: float, hinges: Tensor, kr_values: Tensor) -> Tensor:
 
 
 _CHECKS = {
-    "alpha": lambda value: margins.number("alpha", value, finite=False),
-    "margin": lambda value: margins.number("margin", value),
-    "temperature": lambda value: margins.number("temperature", value, strict=True),
+    "alpha": lambda value: number("alpha", value, finite=False),
+    "margin": lambda value: number("margin", value),
+    "temperature": lambda value: number("temperature", value, strict=True),
 }
 
 

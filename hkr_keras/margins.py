@@ -6,33 +6,15 @@ or {-1, +1}. Multiclass models put out logits `(n, classes)`; labels are integer
 """
 
 import math
-import numbers
 from typing import Any
 
 import numpy as np
 from keras import ops
 
 from hkr_keras._backends import replicas
+from hkr_keras._validation import check_length, flat
 
 Tensor = Any
-
-
-def number(name: str, value, lowest: float = 0.0, strict: bool = False, finite: bool = True) -> float:
-    """The value as a float, after checking its range.
-
-    Raises:
-        ValueError: for what is not a number, NaN, or out of range.
-
-    Example:
-
-    >>> number("margin", 1)
-    1.0
-    """
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool) and not math.isnan(value)
-    if not is_number or value < lowest or (strict and value == lowest) or (finite and math.isinf(value)):
-        sign, kind = (">" if strict else ">="), ("a finite number" if finite else "a number (math.inf allowed)")
-        raise ValueError(f"Expected {name} to be {kind} {sign} {lowest}. Received: {name}={value}")
-    return float(value)
 
 
 def is_binary(y_pred: Tensor) -> bool:
@@ -47,20 +29,6 @@ def is_binary(y_pred: Tensor) -> bool:
     return len(shape) == 1 or shape[1] == 1
 
 
-def flat(values: Tensor, name: str) -> Tensor:
-    """Values of shape `(n,)` or `(n, 1)` as `(n,)`.
-
-    Raises:
-        ValueError: for any other shape.
-    """
-    shape = tuple(values.shape)
-    if len(shape) == 2 and shape[1] == 1:
-        return ops.squeeze(values, axis=1)
-    if len(shape) != 1:
-        raise ValueError(f"Expected shape (n,) or (n, 1). Received: {name}.shape={shape}")
-    return values
-
-
 def sample_weights(sample_weight, like: Tensor) -> Tensor:
     """Sample weights `(n,)` of the dtype of `like`; ones for `None`.
 
@@ -70,7 +38,7 @@ def sample_weights(sample_weight, like: Tensor) -> Tensor:
     if sample_weight is None:
         return ops.ones_like(like)
     weights = flat(ops.convert_to_tensor(sample_weight), "sample_weight")
-    _check_length(weights, like, "sample_weight")
+    check_length(weights, like, "sample_weight")
     return ops.cast(weights, like.dtype)
 
 
@@ -84,7 +52,7 @@ def signed_scores(y_true: Tensor, y_pred: Tensor) -> tuple[Tensor, Tensor]:
     ([-1.0, 1.0], [0.5, 2.0])
     """
     y_true, y_pred = flat(y_true, "y_true"), flat(y_pred, "y_pred")
-    _check_length(y_true, y_pred)
+    check_length(y_true, y_pred)
     one = ops.ones_like(y_pred)
     return ops.where(ops.cast(y_true, y_pred.dtype) > 0, one, -one), y_pred
 
@@ -111,7 +79,7 @@ def one_hot(y_true: Tensor, y_pred: Tensor) -> Tensor:
         raise ValueError(
             f"Expected labels of shape (n,), (n, 1) or (n, {classes}). Received: y_true.shape={tuple(y_true.shape)}"
         )
-    _check_length(labels, y_pred)
+    check_length(labels, y_pred)
     return ops.one_hot(ops.cast(labels, "int32"), classes, dtype=y_pred.dtype)
 
 
@@ -140,15 +108,6 @@ def class_indices(y_true, classes: int) -> np.ndarray:
             f"Received: y.shape={np.shape(y_true)} with values {np.unique(labels)[:5]}"
         )
     return (labels > 0).astype(np.int64) if classes == 1 else labels.astype(np.int64)
-
-
-def _check_length(values: Tensor, y_pred: Tensor, name: str = "y_true") -> None:
-    expected, received = y_pred.shape[0], values.shape[0]
-    if expected is not None and received is not None and expected != received:
-        raise ValueError(
-            f"Expected {name} to be as long as the predictions. "
-            f"Received: {name}.shape={tuple(values.shape)}, y_pred.shape={tuple(y_pred.shape)}"
-        )
 
 
 def two_logits(outputs: Any) -> Any:

@@ -5,6 +5,7 @@ from keras import ops
 
 from hkr_keras import margins
 from hkr_keras._registration import registered
+from hkr_keras._validation import number
 
 
 @registered
@@ -53,7 +54,7 @@ class _RadiusMetric(keras.metrics.Mean):
     _direction = "up"
 
     def __init__(self, lipschitz, head, name, dtype):
-        lipschitz = margins.number("lipschitz", lipschitz, strict=True)
+        lipschitz = number("lipschitz", lipschitz, strict=True)
         if head not in margins.HEAD_FACTORS:
             raise ValueError(f"Expected one of {sorted(margins.HEAD_FACTORS)}. Received: head={head}")
         super().__init__(name=name, dtype=dtype)
@@ -97,7 +98,7 @@ class CertifiedAccuracy(_RadiusMetric):
 
     def __init__(self, epsilon=0.0, lipschitz=1.0, head="unit_norm", name="certified_accuracy", dtype=None):
         super().__init__(lipschitz, head, name, dtype)
-        self.epsilon = margins.number("epsilon", epsilon)
+        self.epsilon = number("epsilon", epsilon)
 
     def _value(self, radius):
         return ops.cast(radius > self.epsilon, radius.dtype)

@@ -3,6 +3,7 @@
 import numpy as np
 
 from hkr_keras import margins
+from hkr_keras._validation import number
 
 
 def surrounding_box(x, share: float = 0.25) -> tuple[np.ndarray, np.ndarray]:
@@ -61,7 +62,7 @@ def fit(model, x, epochs: int, box=None, batch_size: int = 64, seed: int = 0) ->
             f"Expected a box of two arrays of the shape {x.shape[1:]}. Received: shapes {low.shape} and {high.shape}"
         )
     rng, labels, losses = np.random.default_rng(seed), np.repeat([1, 0], len(x)), []
-    for _ in range(int(margins.number("epochs", epochs, lowest=1))):
+    for _ in range(int(number("epochs", epochs, lowest=1))):
         points = np.concatenate([x, rng.uniform(low, high, x.shape).astype(np.float32)])
         losses.append(model.fit(points, labels, batch_size=batch_size, verbose=0).history["loss"][0])
     return np.array(losses)

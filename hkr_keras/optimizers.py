@@ -78,6 +78,7 @@ class StiefelMuon(keras.optimizers.Optimizer):
     def update_step(self, gradient, variable, learning_rate):
         index = self._get_variable_index(variable)
         rate, gradient = ops.cast(learning_rate, variable.dtype), ops.cast(gradient, variable.dtype)
+        gradient = ops.reshape(gradient, variable.shape)  # TensorFlow forgets shapes behind inputs of rank 3 and more
         if self._is_orthonormal(index):
             geometry = self._sets[index].geometry or Geometry()
             self._turn(gradient, variable, rate, self.momentums[index], geometry)

@@ -22,7 +22,8 @@ try:
 except ImportError as error:
     raise ImportError("HKRClassifier needs scikit-learn 1.6 or newer: pip install 'hkr_keras[sklearn]'") from error
 
-from hkr_keras import losses, margins, models
+from hkr_keras import losses, models
+from hkr_keras._validation import number
 from hkr_keras.callbacks import Orthonormalize
 from hkr_keras.certification.certificates import Certificate, certify
 
@@ -175,7 +176,7 @@ class HKRClassifier(ClassifierMixin, BaseEstimator):
         Raises:
             ValueError: for labels of another length, or a negative epsilon.
         """
-        epsilon = margins.number("epsilon", epsilon)
+        epsilon = number("epsilon", epsilon)
         certificate = self.certify(X, rigorous)
         check_consistent_length(certificate.prediction, y)
         correct = self.classes_[certificate.prediction] == column_or_1d(y)

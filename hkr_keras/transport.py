@@ -6,6 +6,7 @@ Needs `pip install 'hkr_keras[transport]'`: POT for distances, SciPy for the lin
 import numpy as np
 
 from hkr_keras import margins
+from hkr_keras._validation import number
 
 
 def wasserstein1(x, y, x_weights=None, y_weights=None) -> float:
@@ -89,7 +90,7 @@ def hkr_optimum(x, y, alpha: float, margin: float) -> float:
         from scipy import optimize, sparse
     except ImportError as error:
         raise ImportError("Transport needs POT and SciPy: pip install 'hkr_keras[transport]'") from error
-    alpha, margin = margins.number("alpha", alpha), margins.number("margin", margin)
+    alpha, margin = number("alpha", alpha), number("margin", margin)
     x, positive = _points(x, "x"), margins.class_indices(y, classes=1).astype(bool)
     if len(positive) != len(x) or positive.all() or not positive.any():
         raise ValueError(

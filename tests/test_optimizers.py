@@ -123,3 +123,70 @@ def test_is_stored_with_the_model(tmp_path):
 def test_refuses_a_momentum_of_one():
     with pytest.raises(ValueError, match="Received: momentum=1"):
         hkr.optimizers.StiefelMuon(momentum=1.0)
+
+
+def images(constraint):
+    """Kernels of all kinds applied to inputs of rank 4 whose batch, height and width are unknown."""
+    layers = hkr.layers
+    return keras.Sequential(
+        [
+            keras.Input((None, None, 2)),
+            layers.LipschitzDense(4, kernel_constraint=constraint),
+            layers.LipschitzConv2D(4, 2, kernel_constraint=constraint),
+            layers.LipschitzDepthwiseConv2D(2, depthwise_constraint=constraint),
+            layers.LipschitzConv2DTranspose(3, 2, kernel_constraint=constraint),
+            layers.LipschitzDense(4, kernel_constraint=constraint),
+            keras.layers.GlobalAveragePooling2D(),
+            layers.LipschitzDense(3, kernel_constraint=constraint),
+        ]
+    )
+
+
+def sequences(constraint):
+    layers = hkr.layers
+    return keras.Sequential(
+        [
+            keras.Input((None, 2)),
+            layers.LipschitzDense(4, kernel_constraint=constraint),
+            layers.LipschitzConv1D(4, 2, groups=2, kernel_constraint=constraint),
+            layers.LipschitzSeparableConv1D(4, 2, depthwise_constraint=constraint, pointwise_constraint=constraint),
+            layers.LipschitzDense(5, kernel_constraint=constraint),
+            keras.layers.GlobalAveragePooling1D(),
+            layers.LipschitzDense(3, kernel_constraint=constraint),
+        ]
+    )
+
+
+PAIRS = {
+    "Orthonormal": lambda: hkr.optimizers.StiefelMuon(0.1),
+    "UnitNorm": lambda: hkr.optimizers.StiefelMuon(0.1),
+    "SpectralBall": lambda: keras.optimizers.Adam(0.1),
+    "DeferredOrthonormal": lambda: keras.optimizers.SGD(0.1, momentum=0.9),
+}
+
+
+@pytest.mark.parametrize("build", [sequences, images])
+@pytest.mark.parametrize("constraint", PAIRS)
+def test_inputs_of_rank_3_and_4_of_unknown_sizes(constraint, build):
+    rng, shape = np.random.default_rng(0), (7,) if build is sequences else (6, 7)
+    model = build(getattr(hkr.constraints, constraint)())
+    model.compile(PAIRS[constraint](), hkr.losses.MulticlassHKR())
+    before = [np.array(ops.convert_to_numpy(variable)) for variable in model.trainable_variables]
+
+    def batches():  # sizes that Keras cannot know
+        for count in (3, 4):
+            yield rng.normal(size=(count, *shape, 2)).astype("float32"), np.arange(count) % 3
+
+    callbacks = [hkr.callbacks.Orthonormalize()]
+    history = model.fit(batches(), shuffle=False, steps_per_epoch=2, verbose=0, callbacks=callbacks)
+    assert np.isfinite(history.history["loss"]).all()
+    moved = [
+        old
+        for old, new in zip(before, model.trainable_variables, strict=True)
+        if (old != ops.convert_to_numpy(new)).any()
+    ]
+    assert len(moved) > 0.8 * len(before)
+    for layer, kernel, geometry in hkr.geometry.model_kernels(model):
+        if constraint != "UnitNorm":
+            matrices = np.asarray(ops.convert_to_numpy(geometry.to_matrices(ops.convert_to_tensor(kernel))), "float64")
+            assert geometry.gain * np.linalg.norm(matrices, 2, axis=(-2, -1)).max() <= 1 + 1e-6, layer.name
