@@ -6,9 +6,9 @@ A bound here is proven: it is inflated by what float64 can have rounded away. Wh
 
 import dataclasses
 import hashlib
-import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import keras
 import numpy as np
@@ -19,8 +19,10 @@ from hkr_keras.geometry import Geometry, kernel_geometries, overlap
 MACHINE_EPSILON = float(np.finfo(np.float64).eps)
 
 _SLACK = 2e-4  # of the eigenvalues between the points where they are computed
-_CHUNK = 2**25  # bytes of Gram matrices held at a time
-_BUDGET = 6e10  # floating-point operations that one kernel may cost
+_CHUNK = 2**25  # bytes of Gram matrices, or of the terms of a Fourier sum, held at a time
+_BUDGET = 2.0  # seconds, roughly, that the frequencies of one kernel may cost
+_ENTRIES = 4_000_000  # of an explicit matrix
+_ORDER = 1024  # of its Gram matrix
 _SMALL = 16  # order below which eigenvalues cost no more than a Cholesky factor
 
 
@@ -135,7 +137,7 @@ def convolution_bound(blocks: np.ndarray, strides: Sequence[int]) -> float:
     return _convolution_spectrum(blocks, strides, with_smallest=False).bound
 
 
-def _convolution_spectrum(blocks, strides, with_smallest: bool) -> Spectrum:
+def _convolution_spectrum(blocks: np.ndarray, strides: Sequence[int], with_smallest: bool) -> Spectrum:
     taps = _polyphase(blocks, strides)
     window = taps.shape[: len(strides)]
     if math.prod(window) == 1:
@@ -143,29 +145,42 @@ def _convolution_spectrum(blocks, strides, with_smallest: bool) -> Spectrum:
     scale = float(np.abs(taps).max())
     if scale == 0.0:
         return Spectrum(0.0, 0.0, 0.0)
-    taps = taps.reshape(math.prod(window), *taps.shape[-3:]) / scale
+    taps = taps / scale
     if taps.shape[-2] < taps.shape[-1]:
         taps = np.swapaxes(taps, -1, -2)
-    shifts, products = _autocorrelation(taps, window)
-    order = products.shape[-1]
-    centre = products[len(products) // 2]  # shift 0: the mean of the Gram matrices over all frequencies
-    found = float(np.linalg.eigvalsh(centre).max())
-    rounding = 4 * MACHINE_EPSILON * order * (len(taps) * (sum(taps.shape[-2:]) * len(shifts) + 16) + order + 8)
-    whole = _bound_without_grid(products, found)
+    flat = taps.reshape(-1, *taps.shape[-3:])
+    inner, order = flat.shape[-2:]
+    centre = np.einsum("tgio,tgip->gop", flat, flat, optimize=True)  # the mean of the Gram matrices
+    total, absolute = flat.sum(axis=0), np.abs(flat).sum(axis=0)
+    found = float(np.linalg.eigvalsh(np.stack([centre, np.swapaxes(total, -1, -2) @ total])).max())
+    whole = (nonnegative_norm_bound(absolute) * (1 + 2 * len(flat) * MACHINE_EPSILON)) ** 2
+    largest_sum = float(np.linalg.norm(np.swapaxes(absolute, -1, -2) @ absolute, axis=(-2, -1)).max())
+    eigenvalues = 1 + 32 * MACHINE_EPSILON * order * (order + 2)  # what computing them, or Cholesky factors, may miss
+    terms, is_gram = taps, False
+    if _autocorrelation_seconds(taps.shape) <= max(0.5, _grid(taps.shape, False)[1]):
+        terms, is_gram = _autocorrelation(taps), True
+        rounding = 4 * MACHINE_EPSILON * (inner + len(flat)) * largest_sum
+        shifts = math.prod(terms.shape[:-3])
+        without = _bound_without_grid(terms.reshape(-1, *terms.shape[-3:]), found)
+        whole = min(whole, without * (eigenvalues + 32 * MACHINE_EPSILON * shifts) + rounding)
+    smallest = math.inf
     if whole > (1 + _SLACK) * found:
-        sizes = _grid(window, order)
-        for grams in _gram_matrices(shifts, products, sizes):
+        sizes, _ = _grid(terms.shape, is_gram)
+        for grams in _gram_matrices(terms, is_gram, sizes):
             found = _largest_eigenvalue(grams, found)
         correction = math.prod(math.cos(math.pi * (k - 1) / (2 * n)) for k, n in zip(window, sizes, strict=True))
-        whole = min(whole, (1 + _SLACK) * found / correction**2)
+        fourier = _fourier_error(terms) + inner + len(flat)
+        slack = 1.0 if order <= _SMALL else 1 + _SLACK
+        reached = slack * found * eigenvalues + 8 * MACHINE_EPSILON * fourier * largest_sum
+        whole = min(whole, reached / correction**2)
     smallest = found
     if with_smallest:
-        coarse = [1 if k == 1 else 8 for k in window]
-        smallest = min(float(np.linalg.eigvalsh(grams).min()) for grams in _gram_matrices(shifts, products, coarse))
+        coarse = _gram_matrices(terms, is_gram, [1 if k == 1 else 8 for k in window])
+        smallest = min(float(np.linalg.eigvalsh(grams).min()) for grams in coarse)
     return Spectrum(
         smallest=scale * math.sqrt(max(0.0, smallest)),
         largest=scale * math.sqrt(found),
-        bound=scale * math.sqrt(whole * (1 + rounding)) * (1 + 8 * MACHINE_EPSILON),
+        bound=scale * math.sqrt(whole) * (1 + 16 * MACHINE_EPSILON),
     )
 
 
@@ -190,6 +205,7 @@ def _bound_without_grid(products: np.ndarray, found: float) -> float:
 def _polyphase(blocks: np.ndarray, strides: Sequence[int]) -> np.ndarray:
     """Kernel of the equivalent convolution with stride 1: `(*window, blocks, inputs * prod(strides), outputs)`."""
     rank = len(strides)
+    strides = [min(k, s) for k, s in zip(blocks.shape, strides, strict=False)]  # windows apart from each other
     padding = [(0, -k % s) for k, s in zip(blocks.shape, strides, strict=False)] + [(0, 0)] * 3
     padded = np.pad(blocks, padding)
     split = [size for k, s in zip(padded.shape, strides, strict=False) for size in (k // s, s)]
@@ -197,35 +213,90 @@ def _polyphase(blocks: np.ndarray, strides: Sequence[int]) -> np.ndarray:
     quotients, phases = range(0, 2 * rank, 2), range(1, 2 * rank, 2)
     taps = taps.transpose(*quotients, 2 * rank, *phases, 2 * rank + 1, 2 * rank + 2)
     taps = taps.reshape(*taps.shape[: rank + 1], -1, taps.shape[-1])
-    used = np.abs(taps).max(axis=(*range(rank + 1), rank + 2)) > 0  # strides above the window leave phases empty
+    used = np.abs(taps).max(axis=(*range(rank + 1), rank + 2)) > 0  # some phases of the last tap are empty
     return taps[..., used, :] if used.any() else taps
 
 
-def _autocorrelation(taps: np.ndarray, window) -> tuple[np.ndarray, np.ndarray]:
-    """Shifts `(n, dimensions)` and the sums of `K_o^T K_p` over `p - o = shift`, `(n, blocks, order, order)`."""
-    positions = np.array(list(itertools.product(*(range(k) for k in window))))
-    shifts = np.array(list(itertools.product(*(range(1 - k, k) for k in window))))
-    extent = [2 * k - 1 for k in window]
-    products = np.zeros((len(shifts), taps.shape[1], taps.shape[-1], taps.shape[-1]))
-    for position, tap in zip(positions, taps, strict=True):
-        where = np.ravel_multi_index((positions - position + np.array(window) - 1).T, extent)
-        products[where] += np.swapaxes(tap, -1, -2) @ taps
-    return shifts, products
+def _autocorrelation(taps: np.ndarray) -> np.ndarray:
+    """Sums of `K_o^T K_p` over `p - o = shift`, shifts from `1 - k` to `k - 1`: `(*shifts, blocks, order, order)`."""
+    window, order = taps.shape[:-3], taps.shape[-1]
+    products = np.zeros((*(2 * k - 1 for k in window), taps.shape[-3], order, order))
+    for position in np.ndindex(*window):
+        where = tuple(slice(k - 1 - o, 2 * k - 1 - o) for o, k in zip(position, window, strict=True))
+        products[where] += np.swapaxes(taps[position], -1, -2) @ taps
+    return products
 
 
-def _gram_matrices(shifts, products, sizes) -> Iterator[np.ndarray]:
-    """The Gram matrices at the frequencies of a grid, `(m, order, order)` at a time, in a scattered order."""
-    # The kernel is real: opposite frequencies have the same spectrum.
-    half = [*sizes[:-1], sizes[-1] // 2 + 1]
-    steps = np.random.default_rng(0).permutation(math.prod(half))
-    frequencies = 2 * np.pi * np.stack(np.unravel_index(steps, half), axis=1) / np.array(sizes)
-    rows, order = products.reshape(len(shifts), -1), products.shape[-1]
-    length = max(1, _CHUNK // (16 * rows.shape[1]))
-    for start in range(0, len(frequencies), length):
-        angles = frequencies[start : start + length] @ shifts.T
-        grams = np.empty((len(angles), rows.shape[1]), dtype=np.complex128)
-        grams.real, grams.imag = np.cos(angles) @ rows, np.sin(angles) @ rows
-        yield grams.reshape(-1, order, order)
+def _autocorrelation_seconds(shape: Sequence[int]) -> float:
+    (blocks, inner, order), taps = shape[-3:], math.prod(shape[:-3])
+    return taps**2 * blocks * (1e-7 + 1e-10 * inner * order**2)
+
+
+def _gram_matrices(terms: np.ndarray, is_gram: bool, sizes: Sequence[int]) -> Iterator[np.ndarray]:
+    """The Gram matrices at half the frequencies of a grid, `(m, order, order)` at a time, in a scattered order.
+
+    A grid that is finer than the window is a union of shifted coarse ones, each of which is one fast Fourier transform
+    of the turned terms; so memory does not depend on the size of the grid. Few terms of large matrices are summed
+    directly. The kernel is real: opposite frequencies have the same spectrum, and half of the grid, which is half a
+    step off in one direction, is left out.
+
+    Args:
+        terms: of the Fourier sum, `(*window, blocks, rows, columns)`.
+        is_gram: whether the sum is a Gram matrix, its terms centred, or a matrix K whose Gram matrix is wanted.
+        sizes: frequencies per dimension, at least.
+    """
+    rank, matrices, dense = len(sizes), terms.shape[-3:], _is_dense(terms.shape)
+    window = np.array(terms.shape[:rank])
+    half = np.arange(rank) == max(np.flatnonzero(window > 1))
+    pieces = np.array([1 if dense else _smooth(k) for k in window])  # of one transform
+    counts = -(-np.array(sizes) // (pieces * (1 + half)))  # of transforms
+    offsets = np.unravel_index(np.random.default_rng(0).permutation(math.prod(counts)), counts)
+    angles = (np.stack(offsets, axis=1) + half / 2) * 2 * np.pi / (counts * (1 + half) * pieces)
+    shifts = [np.arange(k) - (k // 2 if is_gram else 0) for k in window]
+    length = max(1, _CHUNK // (16 * (math.prod(pieces) * math.prod(matrices) + dense * math.prod(window))))
+    for start in range(0, len(angles), length):
+        part = angles[start : start + length]
+        if dense:
+            phases = part @ np.stack([grid.ravel() for grid in np.meshgrid(*shifts, indexing="ij")])
+            rows = terms.reshape(phases.shape[1], -1)
+            values = np.empty((len(part), rows.shape[1]), dtype=np.complex128)
+            values.real, values.imag = np.cos(phases) @ rows, -(np.sin(phases) @ rows)
+        else:
+            values = terms[None]
+            for axis in np.flatnonzero(window > 1):
+                turned = np.exp(-1j * part[:, [axis]] * shifts[axis])
+                values = np.moveaxis(values, axis + 1, -1) * turned.reshape(len(part), *(1,) * (rank + 2), -1)
+                placed = np.zeros((*values.shape[:-1], pieces[axis]), dtype=np.complex128)
+                placed[..., shifts[axis]] = values  # negative shifts at the end
+                values = np.moveaxis(np.fft.fft(placed, axis=-1), -1, axis + 1)
+        values = values.reshape(-1, *matrices[1:])
+        if not is_gram and matrices[-1] == 1:
+            values = np.sum(values.real**2 + values.imag**2, axis=-2, keepdims=True)
+        elif not is_gram:
+            values = np.conj(np.swapaxes(values, -1, -2)) @ values
+        yield values
+
+
+def _is_dense(shape: Sequence[int]) -> bool:
+    """Whether sums of few large matrices are cheaper as they stand than as fast Fourier transforms."""
+    return math.prod(shape[:-3]) * (1 + 100 / math.prod(shape[-3:])) < 150
+
+
+def _smooth(number: int) -> int:
+    """The next number without prime factors above 5: a length that is transformed fast and accurately."""
+    rest = number
+    for prime in (2, 3, 5):
+        while rest % prime == 0:
+            rest //= prime
+    return number if rest == 1 else _smooth(number + 1)
+
+
+def _fourier_error(terms: np.ndarray) -> float:
+    """What a Fourier sum may be off by, in units of machine epsilon and of the sum of absolute values."""
+    window = terms.shape[:-3]
+    if _is_dense(terms.shape):
+        return math.prod(window) + 64.0 * sum(window)
+    return 64.0 * (len(window) + math.log2(math.prod(2 * k for k in window)))
 
 
 def _largest_eigenvalue(grams: np.ndarray, found: float) -> float:
@@ -240,14 +311,80 @@ def _largest_eigenvalue(grams: np.ndarray, found: float) -> float:
         return _largest_eigenvalue(grams[half:], _largest_eigenvalue(grams[:half], found))
 
 
-def _grid(window, order: int) -> list[int]:
-    """Frequencies per dimension: enough for a slack of 0.1 % (small matrices) or 0.3 %, fewer if that takes long."""
-    active = sum(k > 1 for k in window)
-    terms = math.prod(2 * k - 1 for k in window)
-    affordable = 2 * _BUDGET / (2 * order**3 + 4 * terms * order**2)
-    finest = max(2.0, affordable ** (1 / active))
+def _grid(shape: Sequence[int], is_gram: bool) -> tuple[list[int], float]:
+    """Frequencies per dimension, and the seconds they take.
+
+    Enough for a slack of 0.1 % (small matrices) or 0.3 %; fewer, though at least four a tap, if that takes long.
+    """
+    window = [(k + 1) // 2 if is_gram else k for k in shape[:-3]]
+    count, (blocks, rows, order) = math.prod(shape[:-3]), shape[-3:]
+    width, active = blocks * rows * order, sum(k > 1 for k in window)
+    transform = count * (2.5e-8 + 1e-10 * width) if _is_dense(shape) else 6e-8 * active * width
+    gram = 0.0 if is_gram else blocks * (1e-7 + 4e-10 * rows * order**2)
+    eigenvalue = blocks * (1e-7 * order**2 if order <= _SMALL else 7e-11 * order**3 + 1e-8 * order**2)
+    cost = (transform + gram + eigenvalue) / 2 * math.prod(k - 1 for k in window if k > 1)
     wanted = math.pi / 2 * math.sqrt(active / (0.002 if order <= _SMALL else 0.006))
-    return [1 if k == 1 else max(4 * (k - 1), math.ceil(min(wanted * (k - 1), finest))) for k in window]
+    points = max(4.0, min(wanted, (_BUDGET / cost) ** (1 / max(active, 1))))
+    return [max(1, math.ceil(points * (k - 1))) for k in window], cost * points**active
+
+
+# ---- convolutions of images of a known size -------------------------------------------------------------
+
+
+def convolution_on(
+    blocks: np.ndarray, strides: Sequence[int], dilation: Sequence[int], padding: str, sizes: Sequence[int]
+) -> Spectrum:
+    """Spectrum of a zero-padded convolution on images of one size, from its explicit matrix.
+
+    Below the bound for every image size where the window is not small beside the image. The positions of the taps are
+    those of Keras on TensorFlow, JAX and PyTorch: output o sees the cells `o * stride + tap * dilation - left`. With n
+    cells and an extent of `e = dilation * (k - 1) + 1`, "same" adds `(ceil(n / stride) - 1) * stride + e - n` zeros (if
+    that is positive), the smaller half of them on the left; "causal" adds `e - 1` on the left; "valid" adds none.
+    A transposed convolution is the adjoint (`kernel_bound` leaves its cropping out, which only takes away).
+
+    Args:
+        blocks: float64 kernel `(*window, blocks, inputs, outputs)` of a block-diagonal convolution.
+        strides, dilation: one per dimension of the window.
+        padding: "valid", "same" or "causal".
+        sizes: of the image, one per dimension. The matrices hold `blocks * inputs * outputs` numbers for every pair of
+            a cell of the image and one of the output.
+
+    Raises:
+        ValueError: for another padding, or an image that is smaller than the window without padding.
+
+    Example:
+
+    >>> round(convolution_on(np.ones((9, 1, 1, 1)), (1,), (1,), "same", (2,)).bound, 6)
+    2.0
+    """
+    rank = len(sizes)
+    taps, inside = [], np.ones((1,) * (2 * rank), dtype=bool)
+    for axis, n in enumerate(sizes):
+        outputs, left = _placement(blocks.shape[axis], strides[axis], dilation[axis], padding, n)
+        steps = np.arange(n)[:, None] + left - strides[axis] * np.arange(outputs)
+        tap, rest = np.divmod(steps, dilation[axis])
+        shape = (*(1,) * (2 * axis), n, outputs, *(1,) * (2 * (rank - axis - 1)))
+        inside = inside & ((rest == 0) & (tap >= 0) & (tap < blocks.shape[axis])).reshape(shape)
+        taps.append(np.clip(tap, 0, blocks.shape[axis] - 1).reshape(shape))
+    matrix = blocks[tuple(taps)] * inside[..., None, None, None]
+    matrix = matrix.transpose(2 * rank, *range(0, 2 * rank, 2), 2 * rank + 1, *range(1, 2 * rank, 2), 2 * rank + 2)
+    return matrix_spectrum(matrix.reshape(len(matrix), math.prod(matrix.shape[1 : rank + 2]), -1))
+
+
+def _placement(k: int, stride: int, dilation: int, padding: str, n: int) -> tuple[int, int]:
+    """How many outputs there are along one dimension, and how many zeros before the image."""
+    extent = dilation * (k - 1) + 1
+    if padding == "same":
+        outputs = -(-n // stride)
+        return outputs, max((outputs - 1) * stride + extent - n, 0) // 2
+    if padding == "causal":
+        return (n - 1) // stride + 1, extent - 1
+    if padding != "valid" or n < extent:
+        raise ValueError(
+            "Expected padding 'same', 'causal', or 'valid' with an image that is no smaller than the window. "
+            f"Received: padding={padding}, size={n}, extent of the window={extent}"
+        )
+    return (n - extent) // stride + 1, 0
 
 
 # ---- kernels of layers ----------------------------------------------------------------------------------
@@ -278,32 +415,86 @@ def kernel_spectrum(layer: keras.layers.Layer, name: str) -> Spectrum:
     return _kernel_spectrum(layer, name, with_smallest=True)
 
 
-def kernel_bound(layer: keras.layers.Layer, name: str) -> float:
-    """The bound of `kernel_spectrum` alone, which costs less."""
-    return _kernel_spectrum(layer, name, with_smallest=False).bound
+def kernel_bound(layer: keras.layers.Layer, name: str, sizes: Sequence[int | None] | None = None) -> float:
+    """The bound of `kernel_spectrum` alone, which costs less.
+
+    Args:
+        layer: a built Dense or convolution layer.
+        name: of the weight, a key of `kernel_geometries(layer)`.
+        sizes: of the images that the layer is applied to, without batch and channels. Where all are known and the
+            explicit matrix is small (4e6 entries, order 1024), it may bring the bound down (see `convolution_on`).
+
+    Example:
+
+    >>> layer = keras.layers.Conv1D(1, 9, padding="same", kernel_initializer="ones")
+    >>> layer.build((None, 2, 1))
+    >>> round(kernel_bound(layer, "kernel"), 2), round(kernel_bound(layer, "kernel", (2,)), 2)
+    (9.0, 2.0)
+    """
+    bound = _kernel_spectrum(layer, name, with_smallest=False).bound
+    image = _explicit(layer, name, sizes) if sizes is not None and None not in sizes else None
+    if image is None:
+        return bound
+    blocks = _blocks(as_float64(getattr(layer, name)), kernel_geometries(layer)[name])
+    key = _key(blocks, *image)
+    return min(bound, _remembered(key, lambda: convolution_on(blocks, *image)).bound)
 
 
-def _kernel_spectrum(layer, name: str, with_smallest: bool) -> Spectrum:
+def _explicit(layer: keras.layers.Layer, name: str, sizes: Sequence[Any]) -> tuple | None:
+    """Arguments of `convolution_on` for a kernel on images of a size, or `None` where the matrix is large."""
+    geometry, shape = kernel_geometries(layer)[name], getattr(layer, name).shape
+    window = shape[:-2]
+    if math.prod(window) == 1 or len(window) != len(sizes) or getattr(layer, "circular", False):
+        return None
+    strides, dilation, padding = tuple(layer.strides), tuple(layer.dilation_rate), layer.padding
+    if geometry.transposed:  # the adjoint of a convolution that ends in these sizes; what is cropped only takes away
+        pairs = zip(window, strides, dilation, sizes, strict=True)
+        padding, sizes = "valid", tuple((n - 1) * s + d * (k - 1) + 1 for k, s, d, n in pairs)
+    extents = (d * (k - 1) + 1 for k, d in zip(window, dilation, strict=True))
+    if padding == "valid" and any(n < extent for n, extent in zip(sizes, extents, strict=True)):
+        return None  # Keras refuses it
+    pairs = zip(window, strides, dilation, sizes, strict=True)
+    outputs = math.prod(_placement(k, s, d, padding, n)[0] for k, s, d, n in pairs)
+    blocks = shape[-2] if geometry.depthwise else geometry.groups
+    inputs, filters = (1, shape[-1]) if geometry.depthwise else (shape[-2], shape[-1] // blocks)
+    rows, columns = math.prod(sizes) * inputs, outputs * filters
+    if rows * columns * blocks > _ENTRIES or min(rows, columns) > _ORDER:
+        return None
+    return strides, dilation, padding, tuple(sizes)
+
+
+def _kernel_spectrum(layer: keras.layers.Layer, name: str, with_smallest: bool) -> Spectrum:
     blocks = _blocks(as_float64(getattr(layer, name)), kernel_geometries(layer)[name])
     window = blocks.shape[:-3]
     if math.prod(window) == 1:
         strides, dilation = (1,) * len(window), (1,) * len(window)
     else:
-        strides, dilation = layer.strides, layer.dilation_rate
-    key = (hashlib.sha256(blocks.tobytes()).digest(), blocks.shape, tuple(strides), tuple(dilation))
-    for known in ((*key, True), (*key, with_smallest)):
-        if known in _RESULTS:
-            return _RESULTS[known]
-    if len(_RESULTS) >= 1024:
-        _RESULTS.pop(next(iter(_RESULTS)))
-    result = _RESULTS[*key, with_smallest] = _operator_spectrum(blocks, strides, dilation, with_smallest)
-    return result
+        strides, dilation = tuple(layer.strides), tuple(layer.dilation_rate)
+    key = _key(blocks, strides, dilation)
+    if (*key, True) in _RESULTS:
+        return _RESULTS[*key, True]
+    return _remembered((*key, with_smallest), lambda: _operator_spectrum(blocks, strides, dilation, with_smallest))
+
+
+def _key(blocks: np.ndarray, *arguments: Any) -> tuple:
+    return (hashlib.sha256(blocks.tobytes()).digest(), blocks.shape, *arguments)
+
+
+def _remembered(key: tuple, compute: Callable[[], Spectrum]) -> Spectrum:
+    if key not in _RESULTS:
+        result = compute()
+        if len(_RESULTS) >= 1024:
+            _RESULTS.pop(next(iter(_RESULTS)))
+        _RESULTS[key] = result
+    return _RESULTS[key]
 
 
 _RESULTS: dict[tuple, Spectrum] = {}  # of the last kernels: summaries, metrics and certificates ask more than once
 
 
-def _operator_spectrum(blocks: np.ndarray, strides, dilation, with_smallest: bool) -> Spectrum:
+def _operator_spectrum(
+    blocks: np.ndarray, strides: Sequence[int], dilation: Sequence[int], with_smallest: bool
+) -> Spectrum:
     window = blocks.shape[:-3]
     if math.prod(window) == 1:
         return matrix_spectrum(blocks)
@@ -321,9 +512,14 @@ def separable_bound(layer: keras.layers.Layer, depthwise: str, pointwise: str) -
     product = kernel_bound(layer, depthwise) * kernel_bound(layer, pointwise) * (1 + MACHINE_EPSILON)
     channels, multiplier = first.shape[-2:]
     second = second.reshape(channels, multiplier, -1)
-    composed = np.einsum("...cm,cmo->...co", first, second)[..., None, :, :]
-    if max(layer.strides) > 1 and max(layer.dilation_rate) > 1:
+    steps = [min(k, s) for k, s in zip(layer.kernel_size, layer.strides, strict=True)]
+    sides = channels * math.prod(steps), second.shape[-1]
+    shape = (*(-(-k // s) for k, s in zip(layer.kernel_size, steps, strict=True)), 1, max(sides), min(sides))
+    seconds = min(_autocorrelation_seconds(shape), _grid(shape, False)[1])
+    too_large = seconds > _BUDGET + 1e-5 * second.size or math.prod(shape) > 2**25
+    if too_large or (max(layer.strides) > 1 and max(layer.dilation_rate) > 1):
         return product
+    composed = np.einsum("...cm,cmo->...co", first, second)[..., None, :, :]
     gain = math.sqrt(overlap(layer.kernel_size, layer.strides, layer.dilation_rate))
     rounding = 4 * multiplier * MACHINE_EPSILON * gain * float(np.linalg.norm(first) * np.linalg.norm(second))
     return min(product, convolution_bound(composed, layer.strides) + rounding)

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import tracemalloc
 
 import keras
 import numpy as np
@@ -126,6 +127,177 @@ def test_convolution_bound_is_above_every_frequency(window, stride, channels, ou
     bound = singular_values.convolution_bound(block[..., None, :, :], strides)
     frequencies = np.random.default_rng(seed).uniform(-np.pi, np.pi, (20, len(window)))
     assert symbol_norms(block, strides, frequencies).max() <= bound
+
+
+#: Up to 1e5 weights: window, blocks, inputs and outputs, strides, and how far above what was found the bound may be.
+LARGE = {
+    "4x4x4": ((4, 4, 4, 1, 1, 1), 1, 1.002),
+    "25x25": ((25, 25, 1, 1, 1), 1, 1.002),
+    "316x316": ((316, 316, 1, 1, 1), 1, 1.05),
+    "46x46x46": ((46, 46, 46, 1, 1, 1), 1, 1.3),
+    "a long window": ((100_000, 1, 1, 1, 1, 1), 1, 1.002),
+    "a long sequence": ((50_000, 1, 1, 2), 1, 1.002),
+    "some channels": ((12, 12, 12, 1, 5, 5), 1, 1.3),
+    "wide in space": ((7, 7, 7, 1, 17, 17), 1, 1.15),
+    "wide": ((4, 4, 4, 1, 39, 40), 1, 1.1),
+    "many channels": ((2, 1, 1, 50_000), 1, 1.01),
+    "many filters": ((3, 3, 1, 1, 11_000), 1, 1.01),
+    "depthwise": ((31, 31, 104, 1, 1), 1, 1.05),
+    "depthwise, small": ((3, 3, 3, 3700, 1, 1), 1, 1.1),
+    "grouped": ((10, 10, 10, 25, 2, 2), 2, 1.3),
+    "strided": ((31, 31, 1, 10, 10), 3, 1.02),
+    "windows apart": ((30, 30, 1, 10, 10), 100_000, 1.002),
+}
+
+
+@pytest.mark.many
+@pytest.mark.parametrize("name", LARGE)
+def test_memory_is_small_for_every_window(name):
+    """Less than 1 GiB for any kernel of up to 1e5 weights; above the symbol at random frequencies all the same."""
+    shape, stride, looseness = LARGE[name]
+    blocks = normal(shape, 1).astype("float64")
+    strides = (stride,) * (len(shape) - 3)
+    tracemalloc.start()
+    spectrum = singular_values.convolution_spectrum(blocks, strides)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2**29
+    assert spectrum.largest <= spectrum.bound <= looseness * spectrum.largest
+    if stride == 1:
+        frequencies = np.random.default_rng(0).uniform(-np.pi, np.pi, (8, len(strides)))
+        frequencies[0] = 0
+        reached = 0.0
+        for block in np.moveaxis(blocks, -3, 0)[:4]:
+            for frequency in frequencies:
+                values = np.einsum("...io->io...", block)
+                for angle in frequency[::-1]:
+                    values = values @ np.exp(-1j * angle * np.arange(values.shape[-1]))
+                reached = max(reached, float(np.linalg.norm(values, 2)))
+        assert 0.1 * spectrum.largest < reached <= spectrum.bound
+
+
+@pytest.mark.parametrize("window", [(12,), (5, 4), (3, 3, 2)])
+@pytest.mark.parametrize(("channels", "blocks"), [(1, 3), (3, 1), (18, 1)])
+@pytest.mark.parametrize("products", [True, False])
+@pytest.mark.parametrize("dense", [True, False])
+def test_every_way_to_the_symbol_gives_the_same_bound(window, channels, blocks, products, dense, monkeypatch):
+    """With and without the autocorrelation, by sums and by fast transforms: against the symbol on a grid of its own."""
+    kernel = normal((*window, blocks, channels, channels + 1), 3).astype("float64")
+    monkeypatch.setattr(singular_values, "_autocorrelation_seconds", lambda shape: 0.0 if products else math.inf)
+    monkeypatch.setattr(singular_values, "_is_dense", lambda shape: dense)
+    bound = singular_values.convolution_bound(kernel, (1,) * len(window))
+    fine = np.fft.fftn(kernel, [200 // len(window) ** 2] * len(window), axes=range(len(window)))
+    reached = math.sqrt(np.linalg.eigvalsh(fine @ np.swapaxes(fine.conj(), -1, -2)).max())
+    assert reached <= bound <= 1.02 * reached
+
+
+@pytest.mark.parametrize("dense", [True, False])
+def test_the_grid_is_where_it_is_said_to_be(dense, monkeypatch):
+    """The Gram matrices of a kernel of one tap pair tell their frequencies: a grid as fine as asked for, each once."""
+    monkeypatch.setattr(singular_values, "_is_dense", lambda shape: dense)
+    monkeypatch.setattr(singular_values, "_CHUNK", 2**10)
+    for axis, sizes in itertools.product(range(2), [(7, 12), (16, 5)]):
+        taps = np.zeros((3, 4, 1, 1, 1))
+        taps[0, 0] = taps[(1, 0) if axis == 0 else (0, 1)] = 1.0  # |1 + exp(i w)|^2 = 2 + 2 cos w
+        for terms, is_gram in ((taps, False), (singular_values._autocorrelation(taps), True)):
+            grams = np.concatenate(list(singular_values._gram_matrices(terms, is_gram, sizes))).ravel().real
+            frequencies = np.arccos(np.clip(grams / 2 - 1, -1, 1))
+            different = np.unique(np.round(np.concatenate([frequencies, -frequencies]), 6))
+            different = different[different > -np.pi + 1e-6]
+            gaps = np.diff(np.concatenate([different, different[:1] + 2 * np.pi]))
+            np.testing.assert_allclose(gaps, gaps[0], atol=1e-4)
+            assert len(different) >= sizes[axis]
+
+
+def image_operator(kind, size, stride, dilation, padding, image, channels, groups=1):
+    """A layer, the bound of its kernel on images of that size, and the norm of its explicit operator."""
+    options = {"strides": stride, "padding": padding, "use_bias": False}
+    if "Transpose" not in kind:
+        options["dilation_rate"] = dilation
+    if groups > 1:
+        options["groups"] = groups
+    layer = getattr(K, kind)(*(() if "Depthwise" in kind else (2,)), size, **options)
+    layer.build((None, *image, channels))
+    layer.set_weights([normal(layer.weights[0].shape, 5)])
+    name = next(iter(hkr.geometry.kernel_geometries(layer)))
+    return layer, name, largest_singular_value(explicit_operator(layer, (*image, channels)))
+
+
+IMAGES = [
+    *(
+        ("Conv1D", k, s, 1, p, (n,), 2)
+        for k, n in ((7, 7), (5, 4), (6, 9))
+        for s in (1, 2, 3)
+        for p in ("same", "causal")
+    ),
+    *(("Conv1D", 4, s, d, p, (10,), 2) for s, d in ((1, 2), (1, 3), (3, 1)) for p in ("same", "causal", "valid")),
+    *(("Conv2D", (5, 4), s, 1, p, (6, 5), 2) for s in (1, 2, 3) for p in ("same", "valid")),
+    *(("Conv2D", (3, 4), 1, (2, 1), p, (5, 6), 2) for p in ("same", "valid")),
+    *(("Conv2D", 5, (2, 2), 1, "same", (n, n), 1) for n in (2, 3, 7)),
+    *(("Conv3D", (3, 2, 3), s, 1, "same", (3, 2, 4), 1) for s in (1, 2)),
+    *(("DepthwiseConv2D", 5, s, 1, p, (5, 6), 2) for s in (1, 2) for p in ("same", "valid")),
+    ("DepthwiseConv1D", 6, 2, 1, "same", (7,), 3),
+    *(("Conv1DTranspose", 5, s, 1, p, (4,), 2) for s in (1, 2, 3) for p in ("same", "valid")),
+    *(("Conv2DTranspose", (4, 3), s, 1, p, (3, 2), 2) for s in (1, 2) for p in ("same", "valid")),
+]
+
+
+@pytest.mark.many
+@pytest.mark.parametrize("case", IMAGES, ids=str)
+def test_bounds_on_images_of_a_size_are_those_of_the_explicit_operator(case):
+    """Equal, where nothing is cropped; never below; the taps are where every backend puts them."""
+    kind, *_, padding, image, _ = case
+    layer, name, norm = image_operator(*case)
+    bound = singular_values.kernel_bound(layer, name, image)
+    assert norm <= bound * (1 + 1e-6)  # the layer computes in float32
+    if "Transpose" not in kind or padding == "valid":
+        arguments = singular_values._explicit(layer, name, image)
+        blocks = singular_values._blocks(
+            singular_values.as_float64(layer.weights[0]), hkr.geometry.kernel_geometries(layer)[name]
+        )
+        assert singular_values.convolution_on(blocks, *arguments).largest == pytest.approx(norm, rel=1e-5)
+        assert bound <= norm * (1 + 1e-5)
+    assert bound <= singular_values.kernel_bound(layer, name)
+
+
+def test_groups_on_images_of_a_size():
+    layer, name, norm = image_operator("Conv2D", 5, 2, 1, "same", (5, 4), 4, groups=2)
+    assert singular_values.kernel_bound(layer, name, (5, 4)) == pytest.approx(norm, rel=1e-5)
+
+
+def test_a_window_as_large_as_its_image_has_the_bound_of_its_matrix():
+    layer = K.Conv2D(1, 6, padding="valid", use_bias=False)
+    layer.build((None, 6, 6, 1))
+    layer.set_weights([normal(layer.weights[0].shape)])
+    exact = float(np.linalg.norm(keras.ops.convert_to_numpy(layer.kernel).astype("float64")))
+    assert singular_values.kernel_bound(layer, "kernel", (6, 6)) == pytest.approx(exact, rel=1e-9)
+    assert singular_values.kernel_bound(layer, "kernel", (None, 6)) > 1.5 * exact
+
+
+def test_images_without_an_explicit_matrix():
+    """Unknown or large images, one cell, circles, and images that Keras refuses: the bound for every size."""
+    layer = K.Conv1D(2, 3)
+    layer.build((None, 8, 2))
+    for sizes in (None, (None,), (10_000,), (2,), (4, 4)):
+        assert singular_values.kernel_bound(layer, "kernel", sizes) == singular_values.kernel_bound(layer, "kernel")
+    circular = hkr.layers.OrthogonalConv1D(2, 3, padding="circular")
+    circular.build((None, 4, 2))
+    assert singular_values._explicit(circular, "kernel", (4,)) is None
+    with pytest.raises(ValueError, match="no smaller than the window"):
+        singular_values.convolution_on(np.ones((3, 1, 1, 1)), (1,), (1,), "valid", (2,))
+
+
+def test_separable_layers_with_large_compositions_fall_back_on_the_product():
+    layer = K.SeparableConv2D(1000, 31, use_bias=False)
+    layer.build((None, 32, 32, 33))
+    tracemalloc.start()
+    bound = singular_values.separable_bound(layer, "depthwise_kernel", "pointwise_kernel")
+    singular_values.absolute_bound(layer, "depthwise_kernel")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    product = math.prod(singular_values.kernel_bound(layer, name) for name in ("depthwise_kernel", "pointwise_kernel"))
+    assert bound == pytest.approx(product, rel=1e-12)
+    assert peak < 2**29
 
 
 def test_wide_convolutions_take_the_same_route():
