@@ -9,7 +9,7 @@ from hkr_keras._registration import registered
 from hkr_keras.certification.bounds import lipschitz_bound
 from hkr_keras.certification.certificates import certify
 from hkr_keras.certification.singular_values import kernel_spectrum
-from hkr_keras.geometry import kernel_geometries
+from hkr_keras.geometry import flattened_layers, kernel_geometries
 
 
 @registered
@@ -132,7 +132,9 @@ class LipschitzMonitor(keras.callbacks.Callback):
         model = self.model
         logs["lipschitz_bound"] = lipschitz_bound(model)
         spectra = [
-            kernel_spectrum(layer, name) for layer in model._flatten_layers() for name in kernel_geometries(layer)
+            kernel_spectrum(layer, name)
+            for layer in (model, *flattened_layers(model))
+            for name in kernel_geometries(layer)
         ]
         if spectra:
             logs["sigma_min"] = min(spectrum.smallest for spectrum in spectra)

@@ -142,6 +142,44 @@ def weight_geometries(layer) -> dict[str, Geometry]:
     return kernel_geometries(layer)
 
 
+def flattened_layers(layer: Any) -> list[keras.layers.Layer]:
+    """Every layer inside a layer or model, at any depth, each once: nested models, wrapped layers, cells, activations.
+
+    Example:
+
+    >>> inner = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2, name="deep")])
+    >>> [each.name for each in flattened_layers(keras.Sequential([inner]))][-1]
+    'deep'
+    """
+    found: dict[int, keras.layers.Layer] = {}
+    waiting = _inner_layers(layer)
+    while waiting:
+        each = waiting.pop(0)
+        if each is not layer and id(each) not in found:
+            found[id(each)] = each
+            waiting += _inner_layers(each)
+    return list(found.values())
+
+
+def _inner_layers(layer: Any) -> list[keras.layers.Layer]:
+    """The layers that are attributes of a layer, by themselves or in lists and dictionaries."""
+    found: list[keras.layers.Layer] = []
+
+    def visit(value: Any) -> None:
+        if isinstance(value, keras.layers.Layer):
+            found.append(value)
+        elif isinstance(value, (list, tuple, set)):
+            for each in value:
+                visit(each)
+        elif isinstance(value, dict):
+            for each in value.values():
+                visit(each)
+
+    for value in list(vars(layer).values()):
+        visit(value)
+    return found
+
+
 def model_kernels(model: keras.layers.Layer) -> Iterator[tuple[keras.layers.Layer, Any, Geometry]]:
     """Every `(layer, variable, geometry)` of a model, nested and shared layers included, each variable once.
 
@@ -152,7 +190,7 @@ def model_kernels(model: keras.layers.Layer) -> Iterator[tuple[keras.layers.Laye
     True
     """
     seen = set()
-    for layer in model._flatten_layers():
+    for layer in (model, *flattened_layers(model)):
         if not layer.built:
             continue
         for name, geometry in weight_geometries(layer).items():

@@ -6,20 +6,39 @@ else. All of that is refused here.
 
 import inspect
 import math
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import keras
 import numpy as np
 
-from hkr_keras.geometry import kernel_geometries
+from hkr_keras._backends.hooks import has_hooks
+from hkr_keras.certification.singular_values import as_float64
+from hkr_keras.geometry import flattened_layers, kernel_geometries
+
+__all__ = [
+    "build_shape",
+    "check_arguments",
+    "check_built",
+    "check_elementwise",
+    "check_input_dtype",
+    "check_is_plain_model",
+    "check_kernel_layer",
+    "check_layer",
+    "check_merge",
+    "check_model_shapes",
+    "check_no_hooks",
+    "check_numbers",
+    "overridden",
+]
 
 #: What a subclass may override: construction and configuration. Bounds are read from the stored weights.
-_HARMLESS = {"build", "add_weight", "get_config", "from_config", "enable_lora", "quantize", "loss"}
+_HARMLESS = {"build", "add_weight", "get_config", "from_config", "enable_lora", "quantize", "loss", "as_keras"}
 _ACCESS = {"__call__", "__getattribute__", "__getattr__"}
 _GRAPH = {"call", "layers", "inputs", "outputs", "operations", *_ACCESS}
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks")  # of PyTorch, whose modules Keras layers are there
 
 
-def overridden(layer, known: type) -> set[str]:
+def overridden(layer: Any, known: type) -> set[str]:
     """Names of methods and properties of a known class that a layer of a subclass resolves to something else."""
     defined = {name for cls in type(layer).__mro__ if cls not in known.__mro__ for name in vars(cls)}
     changed = {
@@ -32,15 +51,34 @@ def overridden(layer, known: type) -> set[str]:
     return changed | (replaced - _HARMLESS)
 
 
-def check_is_itself(layer, registry) -> None:
+def check_layer(layer: Any, known: type | None, shape: Any = None) -> None:
+    """Every check of a layer with one input: it is what its class says, built, finite, and applied to what it knows.
+
+    Args:
+        layer: the layer.
+        known: the class that a rule is registered for; `None` without one.
+        shape: with the batch, that the layer is applied to; `None` when unknown.
+
+    Raises:
+        ValueError: where one of them fails.
+    """
+    check_is_itself(layer, known)
+    check_batch_apart(layer, shape)
+    if kernel_geometries(layer):
+        check_built(layer)
+    _check_shape(layer, shape)
+    for variable in getattr(layer, "weights", ()):
+        as_float64(variable)
+
+
+def check_is_itself(layer: Any, known: type | None) -> None:
     """Refuses a layer that does not compute what its registered class does.
 
     Raises:
         ValueError: for a subclass that overrides a method, hooks, an integer type or a type policy of one's own.
     """
-    known = next((cls for cls in type(layer).__mro__ if cls in registry), object)
-    changed = overridden(layer, known) if known is not object else set()
-    if changed:
+    changed = set() if known is None else overridden(layer, known)
+    if known is not None and changed:
         raise ValueError(
             f"Expected a subclass of {known.__name__} that computes the same function; a bound for it must be "
             f"registered with @hkr_keras.bounds.layer_bound.register({type(layer).__name__}) (and its rounding with "
@@ -58,27 +96,38 @@ def check_is_itself(layer, registry) -> None:
         )
 
 
-def check_no_hooks(layer) -> None:
-    """Refuses functions that PyTorch runs before or after the forward pass."""
-    if any(getattr(layer, name, None) for name in _HOOKS):
-        raise ValueError(f"Expected a layer without forward hooks. Received: {type(layer).__name__} '{layer.name}'")
-
-
-def check_sizes(layer, arrays) -> None:
-    """Refuses numbers of other sizes than the input of the layer: broadcasting it would enlarge its norm."""
-    input_shape = build_shape(layer) or ()
-    for numbers in arrays:
-        sizes = np.shape(numbers)
-        known = (*(None for _ in sizes), *input_shape)[-len(sizes) :] if sizes else ()
-        shared = len(layer._inbound_nodes) > 1 and math.prod(sizes) > 1  # perhaps with inputs of other shapes
-        if shared or any(size not in (1, n) for size, n in zip(sizes, known, strict=True)):
+def check_no_hooks(layer: Any) -> None:
+    """Refuses functions that PyTorch runs before or after the forward pass of a layer, or of a layer inside it."""
+    for each in (layer, *flattened_layers(layer)):
+        if has_hooks(each):
             raise ValueError(
-                f"Expected the numbers of {type(layer).__name__} '{layer.name}' to have the sizes of its input, "
-                f"since broadcasting enlarges norms. Received: shape={sizes}, input_shape={input_shape or None}"
+                "Expected a layer without forward hooks, its own or global ones. "
+                f"Received: {type(each).__name__} '{each.name}'"
             )
 
 
-def build_shape(layer) -> tuple | None:
+def check_elementwise(layer: Any, arrays: Iterable[Any], shape: Any) -> None:
+    """Refuses numbers of other sizes than the input they meet: broadcasting it would enlarge its norm.
+
+    Args:
+        layer: that adds or multiplies by the numbers.
+        arrays: the numbers, as they are broadcast.
+        shape: of the input, with the batch; `None` when unknown.
+    """
+    for numbers in arrays:
+        sizes = tuple(np.shape(numbers))
+        if math.prod(sizes) == 1 and (shape is None or len(sizes) <= len(shape)):
+            continue
+        known = None if shape is None else (None, *shape[1:])  # the batch has any size
+        fits = known is not None and len(sizes) <= len(known)
+        if not fits or any(size not in (1, n) for size, n in zip(sizes[::-1], (known or ())[::-1], strict=False)):
+            raise ValueError(
+                f"Expected the numbers of {type(layer).__name__} '{layer.name}' to have the sizes of its input, "
+                f"since broadcasting enlarges norms. Received: shape={sizes}, input_shape={shape}"
+            )
+
+
+def build_shape(layer: Any) -> tuple | None:
     """The shape of the one input that a layer was built for, when it is known."""
     shape = (layer.get_build_config() or {}).get("input_shape")
     if not isinstance(shape, (tuple, list)) or any(isinstance(size, (tuple, list, dict)) for size in shape):
@@ -86,7 +135,7 @@ def build_shape(layer) -> tuple | None:
     return tuple(shape)
 
 
-def check_shape(layer, shape) -> None:
+def _check_shape(layer: Any, shape: Any) -> None:
     """Refuses an input that the weights of the layer, built for a larger one, would be broadcast over."""
     built = build_shape(layer)
     if shape is None or built is None or not layer.weights or kernel_geometries(layer):
@@ -99,7 +148,7 @@ def check_shape(layer, shape) -> None:
         )
 
 
-def check_batch_apart(layer, shape) -> None:
+def check_batch_apart(layer: Any, shape: Any) -> None:
     """Refuses an axis that is, or for an unknown shape may be, the batch."""
     axis = getattr(layer, "axis", None)
     axes = [] if axis is None else [axis] if isinstance(axis, (int, np.integer)) else list(axis)
@@ -110,7 +159,7 @@ def check_batch_apart(layer, shape) -> None:
         )
 
 
-def check_model_shapes(model, shapes) -> None:
+def check_model_shapes(model: Any, shapes: Sequence[Any]) -> None:
     """Refuses inputs of other sizes than a model was made for: its layers may broadcast them.
 
     Raises:
@@ -128,7 +177,7 @@ def check_model_shapes(model, shapes) -> None:
             )
 
 
-def check_numbers(layer, arrays, shape: tuple) -> None:
+def check_numbers(layer: Any, arrays: Iterable[Any], shape: tuple) -> None:
     """Refuses arrays of another shape than the one the layer made for them."""
     for array in arrays:
         if tuple(array.shape) != shape:
@@ -138,27 +187,35 @@ def check_numbers(layer, arrays, shape: tuple) -> None:
             )
 
 
-def check_kernel_layer(layer) -> None:
-    """Refuses a kernel layer whose bias or groups are not those of its kernel."""
+def check_kernel_layer(layer: Any, shape: Any = None) -> None:
+    """Refuses a kernel layer whose bias, groups or channels are not those of its kernel."""
     if getattr(layer, "lora_enabled", False):
         raise ValueError(
             "Expected a kernel that is stored as it is used: merge its LoRA weights first. "
             f"Received: {type(layer).__name__} '{layer.name}' with lora_enabled=True"
         )
-    kernels, built = kernel_geometries(layer), build_shape(layer)
-    name, geometry = list(kernels.items())[-1]
-    shape = getattr(layer, name).shape
-    check_numbers(layer, [layer.bias] if layer.use_bias else [], (geometry.outputs(shape),))
-    if built is not None and geometry.groups > 1:
-        channels = built[-1 if layer.data_format == "channels_last" else 1]
-        if channels != geometry.groups * shape[-2]:
-            raise ValueError(
-                f"Expected as many groups as the kernel of '{layer.name}' was made for. "
-                f"Received: groups={geometry.groups}, kernel.shape={tuple(shape)}, {channels} channels"
-            )
+    if getattr(layer, "quantization_mode", None):
+        raise ValueError(
+            "Expected floating point kernels, since the stored weights of a quantized layer are not the ones it "
+            f"computes with. Received: {layer.name}.quantization_mode={layer.quantization_mode}"
+        )
+    kernels = kernel_geometries(layer)
+    (first, entry), (last, exit_) = next(iter(kernels.items())), list(kernels.items())[-1]
+    sizes, final = tuple(getattr(layer, first).shape), tuple(getattr(layer, last).shape)
+    check_numbers(layer, [layer.bias] if layer.use_bias else [], (exit_.outputs(final),))
+    shape = build_shape(layer) if shape is None else shape
+    if shape is None:
+        return
+    channels = shape[-1 if getattr(layer, "data_format", "channels_last") == "channels_last" else 1]
+    inputs = entry.groups * sizes[-1 if entry.transposed else -2]
+    if channels != inputs:  # backends would take a multiple for a convolution in groups
+        raise ValueError(
+            f"Expected '{layer.name}' to receive as many channels as its kernel was made for, in as many groups. "
+            f"Received: {channels} channels, groups={entry.groups}, kernel.shape={sizes}"
+        )
 
 
-def check_built(model) -> None:
+def check_built(model: Any) -> None:
     """Refuses what has no weights yet."""
     if not model.built:
         raise ValueError(
@@ -167,7 +224,7 @@ def check_built(model) -> None:
         )
 
 
-def check_merge(layer, shapes: list) -> None:
+def check_merge(layer: Any, shapes: Sequence[Any]) -> None:
     """Refuses merges that may broadcast, or mix the inputs of a batch."""
     if any(shape is None for shape in shapes):
         raise ValueError(f"Expected inputs of known shapes. Received: layer={type(layer).__name__} '{layer.name}'")
@@ -175,15 +232,16 @@ def check_merge(layer, shapes: list) -> None:
         if layer.axis % len(shapes[0]) == 0:
             raise ValueError(f"Expected inputs to stay apart in the batch. Received: {layer.name}.axis={layer.axis}")
         return
+    ranks = {len(shape) for shape in shapes}
     inner = {tuple(shape[1:]) for shape in shapes}
-    if len(inner) != 1 or None in next(iter(inner)):
+    if len(ranks) != 1 or len(inner) != 1 or None in next(iter(inner)):
         raise ValueError(
             f"Expected the inputs of {type(layer).__name__} '{layer.name}' to have equal and known shapes, since "
             f"broadcasting enlarges norms. Received: shapes={shapes}"
         )
 
 
-def check_is_plain_model(model, cls: type | None) -> None:
+def check_is_plain_model(model: Any, cls: type | None) -> None:
     """Refuses a model whose forward pass is its own: its layers do not tell what it computes."""
     changed = set() if cls is None else overridden(model, cls)
     if cls is None or changed & _GRAPH or any(name.startswith("_") for name in changed):
@@ -195,7 +253,7 @@ def check_is_plain_model(model, cls: type | None) -> None:
     check_no_hooks(model)
 
 
-def check_arguments(node, model) -> None:
+def check_arguments(node: Any, model: Any) -> None:
     """Refuses whatever a layer was called with beside its inputs: masks, constants, the training mode."""
     flat = keras.tree.flatten((node.arguments.args, node.arguments.kwargs))
     other = [value for value in flat if not (isinstance(value, keras.KerasTensor) or value is None or value is False)]
@@ -210,4 +268,17 @@ def check_arguments(node, model) -> None:
         raise ValueError(
             "Expected a nested model with several inputs to take them as a list, in order. "
             f"Received: a dictionary of inputs of '{node.operation.name}' in model '{model.name}'"
+        )
+
+
+def check_input_dtype(tensor: Any) -> None:
+    """Refuses a symbolic input to which Keras rounds what it is given, at any depth, to integers.
+
+    Raises:
+        ValueError: for a type that is not a floating point type.
+    """
+    if "float" not in tensor.dtype:
+        raise ValueError(
+            "Expected inputs of a floating point type: rounding to integers has no Lipschitz constant. "
+            f"Received: input '{tensor.name}' of dtype {tensor.dtype}"
         )

@@ -12,13 +12,9 @@ from hkr_keras._version import __version__
 from hkr_keras.certification import bounds
 from hkr_keras.certification.checks import check_model_shapes
 from hkr_keras.certification.rounding import LARGEST, SMALLEST_NORMAL, Affine, Tracer, norms
+from hkr_keras.geometry import flattened_layers
 
 ROUNDED_DOWN = 1 - 1e-9  # covers the float64 rounding of whatever the radius is made of
-
-_ONE_SIDED = {
-    getattr(keras.activations, name)
-    for name in ("sigmoid", "hard_sigmoid", "sparse_sigmoid", "softmax", "softplus", "relu", "relu6")
-}
 
 
 def model_hash(model) -> str:
@@ -151,14 +147,7 @@ def evaluate(model, x, batch_size: int, verbose, rigorous: bool) -> Evaluation:
     if not isinstance(batch_size, (int, np.integer)) or batch_size < 1:
         raise ValueError(f"Expected a batch size of at least 1. Received: batch_size={batch_size}")
     arrays = check_inputs(model, x)
-    one_sided: dict[int, bool] = {}  # which tensors cannot change their sign
-
-    def apply(layer, states, shapes):
-        output = bounds.state_through(layer, states, shapes)
-        one_sided[id(output)] = _is_one_sided(layer, [one_sided.get(id(state), False) for state in states])
-        return output
-
-    states = bounds.model_states(model, apply)
+    states = bounds.model_states(model)
     if len(states) != 1:
         raise ValueError(f"Expected a model with one output. Received: {len(states)} outputs")
     centre, centre_error = None, np.zeros(len(arrays[0]))
@@ -185,7 +174,7 @@ def evaluate(model, x, batch_size: int, verbose, rigorous: bool) -> Evaluation:
         "model": model_hash(model),
         "versions": versions(model),
     }
-    sided = one_sided.get(id(states[0]), False)
+    sided = states[0].one_sided
     centre = outputs if centre is None else centre
     return Evaluation(
         outputs,
@@ -345,17 +334,6 @@ def _check_rigorous(model) -> None:
         )
 
 
-def _is_one_sided(layer, inputs: list[bool]) -> bool:
-    """Whether the output of a layer cannot change its sign: after a sigmoid, until a layer that shifts."""
-    activation = getattr(layer, "activation", layer)
-    if activation in _ONE_SIDED or isinstance(activation, (keras.layers.ReLU, keras.layers.Softmax)):
-        return True
-    if isinstance(activation, keras.layers.Activation):
-        return activation.activation in _ONE_SIDED
-    shifts = bool(layer.weights) or isinstance(layer, keras.layers.Rescaling) or len(inputs) > 1
-    return not shifts and inputs[0]
-
-
 _PREDICTION = ("predict", "predict_step", "make_predict_function", "predict_on_batch", "stateless_call")
 
 
@@ -372,8 +350,9 @@ def _check_model(model) -> None:
             "Expected a model that predicts with its layers alone. "
             f"Received: {type(model).__name__} '{model.name}', which overrides {', '.join(changed)}"
         )
-    for layer in model._flatten_layers():
-        dtypes = {str(layer.compute_dtype), str(layer.variable_dtype)}
+    for layer in (model, *flattened_layers(model)):
+        is_input = isinstance(layer, keras.layers.InputLayer)  # which casts what it is given
+        dtypes = {str(layer.dtype)} if is_input else {str(layer.compute_dtype), str(layer.variable_dtype)}
         if not dtypes <= {"float32", "float64"}:
             raise ValueError(
                 "Expected a model that computes in float32: lower precision rounds by more than a certificate "

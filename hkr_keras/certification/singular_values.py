@@ -14,9 +14,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from hkr_keras.certification.floating_point import MACHINE_EPSILON
 from hkr_keras.geometry import Geometry, kernel_geometries, overlap
-
-MACHINE_EPSILON = float(np.finfo(np.float64).eps)
 
 _SLACK = 2e-4  # of the eigenvalues between the points where they are computed
 _CHUNK = 2**25  # bytes of Gram matrices, or of the terms of a Fourier sum, held at a time
@@ -431,49 +430,81 @@ def kernel_bound(layer: keras.layers.Layer, name: str, sizes: Sequence[int | Non
     >>> round(kernel_bound(layer, "kernel"), 2), round(kernel_bound(layer, "kernel", (2,)), 2)
     (9.0, 2.0)
     """
-    bound = _kernel_spectrum(layer, name, with_smallest=False).bound
-    image = _explicit(layer, name, sizes) if sizes is not None and None not in sizes else None
-    if image is None:
-        return bound
-    blocks = _blocks(as_float64(getattr(layer, name)), kernel_geometries(layer)[name])
-    key = _key(blocks, *image)
-    return min(bound, _remembered(key, lambda: convolution_on(blocks, *image)).bound)
+    geometry = kernel_geometries(layer)[name]
+    on_image = None if sizes is None or getattr(layer, "circular", False) else (layer.padding, sizes)
+    blocks = kernel_blocks(layer, name)
+    return blocks_bound(blocks, *_steps(layer, blocks), geometry.transposed, on_image)
 
 
-def _explicit(layer: keras.layers.Layer, name: str, sizes: Sequence[Any]) -> tuple | None:
-    """Arguments of `convolution_on` for a kernel on images of a size, or `None` where the matrix is large."""
-    geometry, shape = kernel_geometries(layer)[name], getattr(layer, name).shape
-    window = shape[:-2]
-    if math.prod(window) == 1 or len(window) != len(sizes) or getattr(layer, "circular", False):
-        return None
-    strides, dilation, padding = tuple(layer.strides), tuple(layer.dilation_rate), layer.padding
-    if geometry.transposed:  # the adjoint of a convolution that ends in these sizes; what is cropped only takes away
-        pairs = zip(window, strides, dilation, sizes, strict=True)
-        padding, sizes = "valid", tuple((n - 1) * s + d * (k - 1) + 1 for k, s, d, n in pairs)
-    extents = (d * (k - 1) + 1 for k, d in zip(window, dilation, strict=True))
-    if padding == "valid" and any(n < extent for n, extent in zip(sizes, extents, strict=True)):
-        return None  # Keras refuses it
-    pairs = zip(window, strides, dilation, sizes, strict=True)
-    outputs = math.prod(_placement(k, s, d, padding, n)[0] for k, s, d, n in pairs)
-    blocks = shape[-2] if geometry.depthwise else geometry.groups
-    inputs, filters = (1, shape[-1]) if geometry.depthwise else (shape[-2], shape[-1] // blocks)
-    rows, columns = math.prod(sizes) * inputs, outputs * filters
-    if rows * columns * blocks > _ENTRIES or min(rows, columns) > _ORDER:
-        return None
-    return strides, dilation, padding, tuple(sizes)
-
-
-def _kernel_spectrum(layer: keras.layers.Layer, name: str, with_smallest: bool) -> Spectrum:
-    blocks = _blocks(as_float64(getattr(layer, name)), kernel_geometries(layer)[name])
+def _steps(layer: Any, blocks: np.ndarray) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Strides and dilation of the window of a kernel."""
     window = blocks.shape[:-3]
     if math.prod(window) == 1:
-        strides, dilation = (1,) * len(window), (1,) * len(window)
-    else:
-        strides, dilation = tuple(layer.strides), tuple(layer.dilation_rate)
-    key = _key(blocks, strides, dilation)
-    if (*key, True) in _RESULTS:
-        return _RESULTS[*key, True]
-    return _remembered((*key, with_smallest), lambda: _operator_spectrum(blocks, strides, dilation, with_smallest))
+        return (1,) * len(window), (1,) * len(window)
+    return tuple(layer.strides), tuple(layer.dilation_rate)
+
+
+def kernel_blocks(layer: Any, name: str) -> np.ndarray:
+    """A kernel of a layer, float64 `(*window, blocks, inputs, outputs)`; a transposed one as that of its adjoint."""
+    return _blocks(as_float64(getattr(layer, name)), kernel_geometries(layer)[name])
+
+
+def _kernel_spectrum(layer: Any, name: str, with_smallest: bool) -> Spectrum:
+    blocks = kernel_blocks(layer, name)
+    return _known_spectrum(blocks, *_steps(layer, blocks), with_smallest)
+
+
+def blocks_bound(
+    blocks: np.ndarray,
+    strides: tuple[int, ...],
+    dilation: tuple[int, ...],
+    transposed: bool = False,
+    on_image: tuple[str, Sequence[int | None]] | None = None,
+) -> float:
+    """Upper bound on the norm of a block-diagonal convolution, or of its adjoint.
+
+    Args:
+        blocks: float64 `(*window, blocks, inputs, outputs)`.
+        strides, dilation: one per dimension of the window.
+        transposed: whether the operator is the adjoint.
+        on_image: padding and sizes of the images it is applied to. Where all are known, the explicit matrix is small
+            and the window is not small beside the image, the matrix may bring the bound down.
+    """
+    bound = _known_spectrum(blocks, strides, dilation, with_smallest=False).bound
+    image = None if on_image is None else _explicit(blocks, strides, dilation, transposed, *on_image)
+    if image is None:
+        return bound
+    return min(bound, _remembered(_key(blocks, *image), lambda: convolution_on(blocks, *image)).bound)
+
+
+def _explicit(
+    blocks: np.ndarray,
+    strides: tuple[int, ...],
+    dilation: tuple[int, ...],
+    transposed: bool,
+    padding: str,
+    given: Sequence[int | None],
+) -> tuple | None:
+    """Arguments of `convolution_on` for a kernel on images of a size, or `None` where it would not pay."""
+    window = blocks.shape[:-3]
+    sizes = [size for size in given if size is not None]
+    if math.prod(window) == 1 or len(window) != len(sizes):
+        return None
+    if transposed:  # the adjoint of a convolution that ends in these sizes; what is cropped only takes away
+        pairs = zip(window, strides, dilation, sizes, strict=True)
+        padding, sizes = "valid", [(n - 1) * s + d * (k - 1) + 1 for k, s, d, n in pairs]
+    extents = [d * (k - 1) + 1 for k, d in zip(window, dilation, strict=True)]
+    if padding == "valid" and any(n < extent for n, extent in zip(sizes, extents, strict=True)):
+        return None  # Keras refuses it
+    if all(n > 2 * extent for n, extent in zip(sizes, extents, strict=True)):
+        return None  # near to the bound for every size
+    pairs = zip(window, strides, dilation, sizes, strict=True)
+    outputs = math.prod(_placement(k, s, d, padding, n)[0] for k, s, d, n in pairs)
+    count, inputs, filters = blocks.shape[-3:]
+    rows, columns = math.prod(sizes) * inputs, outputs * filters
+    if rows * columns * count > _ENTRIES or min(rows, columns) > _ORDER:
+        return None
+    return strides, dilation, padding, tuple(sizes)
 
 
 def _key(blocks: np.ndarray, *arguments: Any) -> tuple:
@@ -487,6 +518,17 @@ def _remembered(key: tuple, compute: Callable[[], Spectrum]) -> Spectrum:
             _RESULTS.pop(next(iter(_RESULTS)))
         _RESULTS[key] = result
     return _RESULTS[key]
+
+
+def _known_spectrum(
+    blocks: np.ndarray, strides: tuple[int, ...], dilation: tuple[int, ...], with_smallest: bool
+) -> Spectrum:
+    if math.prod(blocks.shape[:-3]) == 1:
+        strides = dilation = (1,) * len(strides)
+    key = _key(blocks, strides, dilation)
+    if (*key, True) in _RESULTS:
+        return _RESULTS[*key, True]
+    return _remembered((*key, with_smallest), lambda: _operator_spectrum(blocks, strides, dilation, with_smallest))
 
 
 _RESULTS: dict[tuple, Spectrum] = {}  # of the last kernels: summaries, metrics and certificates ask more than once

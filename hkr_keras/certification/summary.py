@@ -1,6 +1,7 @@
 """Both sides of a Lipschitz constant: the proven upper bound, and the largest change that was found."""
 
 import dataclasses
+import inspect
 import io
 import json
 import math
@@ -17,6 +18,7 @@ from keras import ops
 from hkr_keras.certification import bounds
 from hkr_keras.certification.bounds import LipschitzState
 from hkr_keras.certification.evaluation import check_inputs
+from hkr_keras.certification.graph import walk
 from hkr_keras.certification.singular_values import kernel_spectrum
 from hkr_keras.geometry import kernel_geometries
 
@@ -130,10 +132,12 @@ def lipschitz_summary(model, print_fn: Callable[[str], Any] | None = print, x=No
     lower, pairs = _largest_change(model, _points(model, shapes, x))
     rows = []
 
-    def apply(layer, states, shapes):
+    def apply(place, states):
+        layer, shapes = place.layer, place.shapes
         spectra = [kernel_spectrum(layer, name) for name in kernel_geometries(layer)]
-        output = bounds.state_through(layer, [state[0] for state in states], shapes)
-        results = [layer(arguments if len(arguments) > 1 else arguments[0]) for arguments in _sides(states)]
+        output = bounds.state_through(place, [state[0] for state in states])
+        settings = {"training": False} if "training" in inspect.signature(layer.call).parameters else {}
+        results = [layer(arguments if len(arguments) > 1 else arguments[0], **settings) for arguments in _sides(states)]
         found = _ratio(results, [state[1] for state in states])
         sigma_max = math.prod(s.largest for s in spectra) if len(spectra) == 1 else None
         if sigma_max is not None and getattr(layer, "activation", None) is keras.activations.linear:
@@ -152,7 +156,7 @@ def lipschitz_summary(model, print_fn: Callable[[str], Any] | None = print, x=No
         return output, results
 
     states = [(LipschitzState(row), list(sides)) for row, sides in zip(np.eye(len(inputs)), pairs, strict=True)]
-    outputs = bounds.walk(model, states, apply, shapes)
+    outputs = walk(model, states, apply, shapes)
     bound = bounds.joint_constant([state for state, _ in outputs])
     summary = LipschitzSummary(model.name, bound, lower, tuple(rows))
     if print_fn is not None:

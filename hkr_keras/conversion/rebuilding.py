@@ -6,8 +6,8 @@ from typing import Any, TypeAlias
 
 import keras
 
-from hkr_keras.certification.bounds import layer_bound
-from hkr_keras.certification.checks import build_shape, check_built, check_is_plain_model
+from hkr_keras.certification.checks import build_shape, check_built
+from hkr_keras.certification.graph import applications_of, is_model, model_in_use
 
 __all__ = [
     "Layer",
@@ -83,11 +83,6 @@ class Rebuilder:
         return keras.models.clone_model(view, clone_function=lambda old: self._layer(old)[0], call_function=self._call)
 
 
-def is_model(layer: Any) -> bool:
-    """Whether a layer is a model that is read layer by layer."""
-    return isinstance(layer, keras.Model) and type(layer) not in layer_bound.registry
-
-
 def as_run(model: keras.Model) -> keras.Model:
     """The graph that a model runs as a functional model, whatever has become of its list of layers.
 
@@ -106,7 +101,7 @@ def as_run(model: keras.Model) -> keras.Model:
 
 def calls_of(layer: Layer) -> list[list[tuple]]:
     """The shapes of the inputs in every call of a layer, or else the one it was built for; empty without either."""
-    calls = [[tuple(tensor.shape) for tensor in node.input_tensors] for node in layer._inbound_nodes]
+    calls = [[tuple(tensor.shape) for tensor in inputs] for inputs, _ in applications_of(layer)]
     built = build_shape(layer)
     return calls or ([] if built is None else [[built]])
 
@@ -120,8 +115,7 @@ def operations_of(model: Any) -> list:
     if not isinstance(model, keras.Model):
         raise ValueError(f"Expected a Keras model. Received: model={type(model).__name__}")
     check_built(model)
-    functional = (c for c in type(model).__mro__ if c.__name__ == "Functional" and c.__module__.startswith("keras."))
-    check_is_plain_model(model, keras.Sequential if isinstance(model, keras.Sequential) else next(functional, None))
+    model_in_use(model)  # refuses a forward pass of its own
     found: dict[Any, None] = {}
     for operation in as_run(model).operations:
         inner = operation.layer if type(operation) is _k.TimeDistributed else operation

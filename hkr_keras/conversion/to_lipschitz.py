@@ -13,10 +13,11 @@ import rich.console
 import rich.table
 
 from hkr_keras import constraints, layers
-from hkr_keras.certification.bounds import activation_bound, lipschitz_bound, merge_bound, walk
+from hkr_keras.certification.bounds import activation_bound, lipschitz_bound, merge_bound
 from hkr_keras.certification.checks import build_shape, check_kernel_layer, check_merge
+from hkr_keras.certification.graph import Application, applications_of, consumers_of, is_model, source_of, walk
 from hkr_keras.certification.singular_values import as_float64
-from hkr_keras.conversion.rebuilding import Layer, Rebuilder, StandIns, copied, from_config, is_model, operations_of
+from hkr_keras.conversion.rebuilding import Layer, Rebuilder, StandIns, copied, from_config, operations_of
 from hkr_keras.geometry import kernel_geometries, overlap
 from hkr_keras.layers.base import LipschitzLayer
 
@@ -125,15 +126,15 @@ def _ends(model) -> tuple[set[int], set[int]]:
     last, heads = set(), set()
 
     def visit(tensor):
-        layer, node, index = tensor._keras_history
+        layer, sources, index = source_of(tensor)
         if is_model(layer):
             visit(layer.outputs[index])
         elif type(layer) is _k.Dense:
             heads.add(id(layer))
         elif isinstance(layer, _PASSING) or _makes_probabilities(layer):
-            if all(id(used.operation) in last for used in layer._outbound_nodes):  # not before weights as well
+            if all(id(used) in last for used in consumers_of(layer)):  # not before weights as well
                 last.add(id(layer))
-            for source in layer._inbound_nodes[node].input_tensors:
+            for source in sources:
                 visit(source)
 
     for tensor in model.outputs:
@@ -211,7 +212,7 @@ class _Plan:
 
     def rectifier(self, layer, name: str) -> list[Layer]:
         """The activation that replaces a rectifier, or nothing where it cannot."""
-        nodes = [tensor.shape for node in layer._inbound_nodes for tensor in node.input_tensors] or [build_shape(layer)]
+        nodes = [tensor.shape for inputs, _ in applications_of(layer) for tensor in inputs] or [build_shape(layer)]
         shape = layer.compute_output_shape(nodes[0])
         first = getattr(layer, "data_format", keras.config.image_data_format()) == "channels_first" and len(shape) > 2
         channels = shape[1 if first else -1]
@@ -232,15 +233,15 @@ def _counterpart(layer) -> type | None:
 
 
 def _check_inputs(layer) -> None:
-    for node in layer._inbound_nodes:
-        if len(node.input_tensors) > 1:
-            check_merge(layer, [tensor.shape for tensor in node.input_tensors])
+    for inputs, _ in applications_of(layer):
+        if len(inputs) > 1:
+            check_merge(layer, [tensor.shape for tensor in inputs])
 
 
 def _check_kept(layer, asked: bool) -> None:
     """Refuses to keep a layer without a proven bound, or an unconstrained kernel unless that was asked for."""
     _check_inputs(layer)
-    several = max((len(node.input_tensors) for node in layer._inbound_nodes), default=1)
+    several = max((len(inputs) for inputs, _ in applications_of(layer)), default=1)
     if several > 1:
         merge_bound(layer, np.eye(several))
     else:
@@ -277,8 +278,8 @@ def _rescale_offsets(model, old_layers: dict[int, Layer]) -> None:
     """
     done: set[int] = set()
 
-    def apply(layer, scales: list[float], shapes) -> float:
-        layer = layer.layer if type(layer) is _k.TimeDistributed else layer
+    def apply(place: Application, scales: list[float]) -> float:
+        layer = place.layer.layer if type(place.layer) is _k.TimeDistributed else place.layer
         old, first = old_layers.get(id(layer)), id(layer) not in done
         done.add(id(layer))
         if isinstance(layer, layers.LipschitzResidual) and isinstance(old, _k.Add):

@@ -265,7 +265,7 @@ REFUSED = {
     "shared PReLU": (lambda: shared(K.PReLU(), 4), "of the shape it was built for"),
     "shared PReLU along time": (shared_along_time, "of the shape it was built for"),
     "nested by keyword": (nested_by_keyword, "dictionary of inputs"),
-    "activation": (activation_with_numbers, "without numbers of its own"),
+    "activation": (activation_with_numbers, "have the sizes of its input"),
     "shape": (lied_about_shape, "overrides compute_output_shape"),
     "bias": (lambda: keras.Sequential([keras.Input((3,)), WideBias(1)]), r"to have shape \(1,\)"),
     "policy": (lambda: edited(identity(dtype=Tenfold("float32")), (2,)), "dtype policy of Keras"),

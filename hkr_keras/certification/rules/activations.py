@@ -1,0 +1,184 @@
+"""Rows of activations: the largest slope, and rounding where an activation compares and multiplies at most."""
+
+import math
+from typing import Any
+
+import keras
+import numpy as np
+
+from hkr_keras import layers
+from hkr_keras.certification.checks import check_elementwise, check_numbers
+from hkr_keras.certification.floating_point import (
+    SMALLEST_NORMAL,
+    UNIT_ROUNDOFF,
+    RoundingRule,
+    relative,
+)
+from hkr_keras.certification.rules.registry import Shape, bound_of, rule
+from hkr_keras.certification.singular_values import as_float64
+
+__all__ = ["ACTIVATION_BOUNDS", "activation_bound", "check_activation", "is_one_sided", "multiplied"]
+
+_k, _a = keras.layers, keras.activations
+
+#: The largest slope of every continuous activation function of Keras (default arguments).
+ACTIVATION_BOUNDS: dict[Any, float] = {
+    _a.linear: 1.0,
+    _a.relu: 1.0,
+    _a.relu6: 1.0,
+    _a.leaky_relu: 1.0,
+    _a.elu: 1.0,
+    _a.celu: 1.0,
+    _a.tanh: 1.0,
+    _a.hard_tanh: 1.0,
+    _a.softplus: 1.0,
+    _a.softsign: 1.0,
+    _a.soft_shrink: 1.0,
+    _a.tanh_shrink: 1.0,
+    _a.squareplus: 1.0,
+    _a.sparse_plus: 1.0,
+    _a.sparsemax: 1.0,  # the projection onto the simplex
+    _a.log_sigmoid: 1.0,
+    _a.softmax: 0.5,
+    _a.sparse_sigmoid: 0.5,
+    _a.sigmoid: 0.25,
+    _a.hard_sigmoid: math.nextafter(1 / 6, 1),
+    _a.silu: 1.0998394,  # rounded up, as all of these
+    _a.mish: 1.0885,
+    _a.gelu: 1.1289100,
+    _a.selu: 1.7580994,
+    _a.hard_silu: 1.5,
+}
+# The operations of the same names compute the same functions with their default arguments, but for the form of gelu.
+ACTIVATION_BOUNDS |= {
+    getattr(keras.ops, name): ACTIVATION_BOUNDS[getattr(_a, name)]
+    for name in (
+        *("relu", "relu6", "leaky_relu", "elu", "celu", "tanh", "hard_tanh", "softplus", "softsign", "soft_shrink"),
+        *("tanh_shrink", "squareplus", "sparse_plus", "sparsemax", "log_sigmoid", "softmax", "sparse_sigmoid"),
+        *("sigmoid", "hard_sigmoid", "silu", "selu", "hard_silu"),
+    )
+    if hasattr(keras.ops, name)
+}
+
+#: Activation functions that compare and multiply once at most.
+_COMPARISONS = {getattr(module, name) for module in (_a, keras.ops) for name in ("relu", "relu6", "leaky_relu")} | {
+    _a.linear
+}
+#: Activation functions whose values have one sign.
+_ONE_SIDED = {
+    getattr(_a, name)
+    for name in ("sigmoid", "hard_sigmoid", "sparse_sigmoid", "softmax", "sparsemax", "softplus", "relu", "relu6")
+}
+
+
+def activation_bound(activation: Any, shape: Shape = None) -> float:
+    """Lipschitz constant of an activation: a function of `keras.activations`, `None`, or a layer.
+
+    Args:
+        activation: as in `keras.layers.Dense(activation=...)`.
+        shape: that the activation is applied to, with the batch; what a layer with numbers of its own wants to know.
+
+    Raises:
+        ValueError: for a function that is unknown or has no finite constant, and as `lipschitz_bound` for layers.
+
+    Example:
+
+    >>> activation_bound(keras.activations.relu)
+    1.0
+    """
+    if activation is None:
+        return 1.0
+    if isinstance(activation, keras.layers.Layer):
+        own = activation.weights or isinstance(activation, (_k.Rescaling, _k.Normalization, keras.Model))
+        if own and shape is None:
+            raise ValueError(  # they may be larger than what they are applied to
+                "Expected an activation without numbers of its own, or inputs of known shape: put the layer behind the "
+                f"other one. Received: activation={type(activation).__name__} '{activation.name}'"
+            )
+        return bound_of(activation, shape)
+    try:
+        return ACTIVATION_BOUNDS[activation]
+    except (KeyError, TypeError):
+        raise ValueError(
+            "Expected an activation with a known Lipschitz constant; add yours with "
+            "hkr_keras.bounds.ACTIVATION_BOUNDS[function] = constant. "
+            f"Received: activation={getattr(activation, '__name__', activation)}"
+        ) from None
+
+
+def check_activation(layer: Any) -> None:
+    """Refuses an activation whose rounding is unknown."""
+    if layer.activation is not None and layer.activation not in _COMPARISONS:
+        name = getattr(layer.activation, "__name__", layer.activation)
+        raise ValueError(
+            "Expected an activation whose rounding in float32 is bounded, for a rigorous certificate: linear, relu, "
+            "relu6 or leaky_relu; others depend on the mathematical library (or are layers, which belong behind this "
+            f"one). Received: {layer.name}.activation={name}"
+        )
+
+
+def is_one_sided(layer: Any) -> bool:
+    """Whether the output of a layer cannot change its sign."""
+    activation = getattr(layer, "activation", layer)
+    if isinstance(activation, _k.Activation):
+        activation = activation.activation
+    if isinstance(activation, keras.layers.Layer):
+        return isinstance(activation, _k.Softmax) or (
+            isinstance(activation, _k.ReLU) and not activation.negative_slope and not activation.threshold
+        )
+    return activation in _ONE_SIDED
+
+
+def multiplied(factor: float, offset: float = 0.0) -> RoundingRule:
+    """The rounding of a number that is rounded, perhaps flushed, and multiplied; then another one that is added."""
+    return relative(4 * UNIT_ROUNDOFF * factor + 2 * SMALLEST_NORMAL, 4 * UNIT_ROUNDOFF * offset, gain=factor)
+
+
+def _prelu(layer: Any, shape: Shape) -> float:
+    check_elementwise(layer, [layer.alpha], shape or (None, *layer.alpha.shape))
+    return max(1.0, float(np.abs(as_float64(layer.alpha)).max()))
+
+
+def _relu(layer: Any, shape: Shape) -> float:
+    if layer.threshold:
+        raise ValueError(
+            "Expected a continuous activation: a ReLU with a threshold jumps there. "
+            f"Received: {layer.name}.threshold={layer.threshold}"
+        )
+    return max(1.0, abs(layer.negative_slope or 0.0))
+
+
+def _householder(layer: Any, shape: Shape) -> float:
+    if layer.built and shape is not None:
+        check_numbers(layer, [layer.angles], (shape[layer.axis] // 2,))
+    return 1.0
+
+
+def _slope_rounding(layer: Any, shape: Shape) -> RoundingRule:
+    return multiplied(bound_of(layer, shape))
+
+
+def _activation_rounding(layer: Any, shape: Shape) -> RoundingRule:
+    check_activation(layer)
+    return relative(2 * UNIT_ROUNDOFF)
+
+
+def _sorting(layer: Any, shape: Shape) -> RoundingRule:
+    return relative(4 * UNIT_ROUNDOFF)  # a difference and two sums
+
+
+rule(layers.GroupSort, layers.MaxMin, bound=1.0, rounding=_sorting)
+rule(layers.FullSort, bound=1.0, rounding=lambda layer, shape: relative(0.0))
+rule(
+    layers.Householder, bound=_householder, rounding=lambda layer, shape: relative(36 * UNIT_ROUNDOFF)
+)  # sines, cosines
+rule(
+    _k.Activation,
+    bound=lambda layer, shape: activation_bound(layer.activation, shape),
+    rounding=_activation_rounding,
+)
+rule(_k.Softmax, bound=0.5)
+rule(_k.ReLU, bound=_relu, rounding=_slope_rounding)
+rule(_k.LeakyReLU, bound=lambda layer, shape: max(1.0, abs(layer.negative_slope)), rounding=_slope_rounding)
+rule(_k.PReLU, bound=_prelu, rounding=_slope_rounding)
+rule(_k.ELU, bound=lambda layer, shape: max(1.0, abs(layer.alpha)))

@@ -1,0 +1,172 @@
+"""Rows of layers with a kernel: Dense and convolutions of every kind, composed kernels, reflecting residual blocks."""
+
+import math
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from hkr_keras import layers
+from hkr_keras.certification.checks import check_built, check_kernel_layer, check_numbers
+from hkr_keras.certification.floating_point import (
+    MACHINE_EPSILON,
+    SMALLEST_NORMAL,
+    UNIT_ROUNDOFF,
+    Rounding,
+    RoundingRule,
+    accumulated,
+    entries,
+    norms,
+)
+from hkr_keras.certification.operators import Convolution, Matrix, Operator
+from hkr_keras.certification.rules.activations import activation_bound, check_activation
+from hkr_keras.certification.rules.registry import Shape, layer_rounding, rule
+from hkr_keras.certification.singular_values import absolute_bound, as_float64, kernel_blocks, kernel_bound
+from hkr_keras.geometry import kernel_geometries, overlap
+from hkr_keras.layers.base import ComposedKernel
+
+__all__ = ["check_convolution"]
+
+_k = keras.layers
+
+
+def _operator(layer: Any, shape: Shape) -> Operator:
+    """The linear part of a layer with one kernel, or a depthwise and a pointwise one."""
+    check_built(layer)
+    check_kernel_layer(layer, shape)
+    (name, geometry), *second = kernel_geometries(layer).items()
+    if isinstance(layer, _k.Dense):
+        return Matrix(as_float64(layer.kernel))
+    first = getattr(layer, "data_format", "channels_last") == "channels_first"
+    where: dict[str, Any] = {"channel_axis": 0 if first else -1}
+    if not second and shape is not None and not getattr(layer, "circular", False):
+        where |= {"padding": layer.padding, "sizes": tuple(shape[2:] if first else shape[1:-1])}
+    strides, dilation = tuple(layer.strides), tuple(layer.dilation_rate)
+    if not second:
+        blocks = kernel_blocks(layer, name)
+        return Convolution(blocks=blocks, strides=strides, dilation=dilation, transposed=geometry.transposed, **where)
+    depthwise, pointwise = as_float64(getattr(layer, name)), as_float64(getattr(layer, second[0][0]))
+    channels, multiplier = depthwise.shape[-2:]
+    composed = np.einsum("...cm,cmo->...co", depthwise, pointwise.reshape(channels, multiplier, -1))[..., None, :, :]
+    gain = math.sqrt(overlap(layer.kernel_size, layer.strides, layer.dilation_rate))
+    return Convolution(
+        blocks=composed,
+        strides=strides,
+        dilation=dilation,
+        error=4 * multiplier * MACHINE_EPSILON * gain * float(np.linalg.norm(depthwise) * np.linalg.norm(pointwise)),
+        limit=kernel_bound(layer, name) * kernel_bound(layer, second[0][0]) * (1 + MACHINE_EPSILON),
+        **where,
+    )
+
+
+def _slope(layer: Any, shape: Shape) -> float | None:
+    if layer.activation is None or layer.activation is keras.activations.linear:
+        return None
+    outputs = None
+    if isinstance(layer.activation, keras.layers.Layer) and shape is not None:
+        outputs = tuple(layer.compute_output_shape(shape))
+    return activation_bound(layer.activation, outputs)
+
+
+def check_convolution(layer: Any, x: Any) -> None:
+    """Refuses what PyTorch 2.13 gets wrong on CPUs: one channel and unequal strides, for some sizes and batches."""
+    strides = getattr(layer, "strides", ())
+    channels = x.shape[-1 if getattr(layer, "data_format", "") != "channels_first" else 1]
+    if keras.backend.backend() == "torch" and channels == 1 and len(set(strides)) > 1:
+        raise ValueError(
+            "Expected equal strides, or more than one channel, for a rigorous certificate on PyTorch, whose "
+            f"convolutions of one channel can be wrong otherwise. Received: {layer.name}.strides={strides}"
+        )
+
+
+def _absolute_twin(layer: Any) -> keras.layers.Layer:
+    """The plain Keras layer with the absolute values of the kernels, and nothing else."""
+    plain: Any = next(cls for cls in type(layer).__mro__ if cls.__module__.startswith("keras."))
+    config = {name: None for name in layer.get_config() if name.endswith(("_constraint", "_regularizer"))}
+    twin = plain.from_config({**layer.get_config(), **config, "use_bias": False, "activation": None})
+    twin.build(layer.get_build_config()["input_shape"])
+    for name in kernel_geometries(layer):
+        getattr(twin, name).assign(ops.abs(ops.convert_to_tensor(getattr(layer, name))))
+    return twin
+
+
+def _rounding(layer: Any, shape: Shape) -> RoundingRule:
+    """Sums of n products and a bias in any order, elementwise; then an activation that only compares.
+
+    Every partial sum of products lies between the sum of the negative and that of the positive ones, so it is at
+    most `(|W|^T |x| + |W^T x|) / 2`, and each of the n additions is off by u times a partial sum.
+    """
+    check_activation(layer)
+    names = list(kernel_geometries(layer))
+    twin, absolute = _absolute_twin(layer), math.prod(absolute_bound(layer, name) for name in names)
+    kernels = {name: tuple(getattr(layer, name).shape) for name in names}
+    terms = sum(
+        math.prod(kernels[name]) // geometry.outputs(kernels[name])
+        for name, geometry in kernel_geometries(layer).items()
+    )
+    bias = as_float64(layer.bias) if layer.use_bias else np.zeros(1)
+    gamma = accumulated(terms + len(names) + 1)
+    if len(names) == 1:
+        sums = UNIT_ROUNDOFF + terms * UNIT_ROUNDOFF * (0.5 + gamma)
+        linear = terms * UNIT_ROUNDOFF / 2 * kernel_bound(layer, names[0])
+    else:
+        sums, linear = gamma, 0.0
+    last = 2 * UNIT_ROUNDOFF if layer.activation in (keras.activations.leaky_relu, keras.ops.leaky_relu) else 0.0
+    # Between the two kernels of a separable convolution numbers can be flushed, and overflow, too.
+    inner = absolute_bound(layer, names[0]) if len(names) == 2 else 0.0
+    outer = absolute_bound(layer, names[1]) if len(names) == 2 else 0.0
+    between = math.prod(getattr(layer, names[0]).shape[-2:]) if len(names) == 2 else 0.0  # channels there
+    norm = math.prod(kernel_bound(layer, name) for name in names)
+    slope = sums * absolute + UNIT_ROUNDOFF * inner + linear + last * norm
+
+    def rounding(x: Any, y: Any) -> Rounding:
+        check_convolution(layer, x)
+        copies = math.sqrt(y[0].size / len(bias)) if layer.use_bias else 0.0
+        absolute_sums = norms(ops.convert_to_numpy(twin(np.abs(x)))) * (1 + 2 * gamma)
+        shift = gamma * float(np.linalg.norm(bias)) * copies
+        flushed = (4 * terms + 8) * (entries(y) + outer * between * entries(y)) + 2 * absolute * entries(x)
+        at_centre = sums * absolute_sums + (UNIT_ROUNDOFF * inner + linear) * norms(x) + shift + last * norms(y)
+        return Rounding(at_centre + SMALLEST_NORMAL * flushed, slope)
+
+    return rounding
+
+
+def _composed_rounding(layer: Any, shape: Shape) -> RoundingRule:
+    raise ValueError(
+        "Expected layers that store the kernel they compute with, for a rigorous certificate: the rounding of a kernel "
+        "that is composed in the forward pass is not bounded. Certify hkr_keras.to_keras(model, kernels_only=True), "
+        f"which stores it and has equal outputs. Received: layer={type(layer).__name__} '{layer.name}'"
+    )
+
+
+def _reflection(layer: Any, shape: Shape) -> float:
+    """The Jacobian `I - 2 W D W^T`, D diagonal in [0, 1], has eigenvalues in `[1 - 2 |W|^2, 1]`."""
+    check_built(layer)
+    kernel = tuple(layer.kernel.shape)
+    check_numbers(layer, [layer.bias], kernel[-1:])
+    if shape is not None and shape[-1] != kernel[-2]:
+        raise ValueError(
+            f"Expected '{layer.name}' to receive as many channels as its kernel was made for. "
+            f"Received: shape={shape}, kernel.shape={kernel}"
+        )
+    return max(1.0, (2 * kernel_bound(layer, "kernel") ** 2 - 1) * (1 + 8 * MACHINE_EPSILON))
+
+
+rule(
+    *(_k.Dense, _k.Conv1D, _k.Conv2D, _k.Conv3D, _k.Conv1DTranspose, _k.Conv2DTranspose, _k.Conv3DTranspose),
+    *(_k.DepthwiseConv1D, _k.DepthwiseConv2D, _k.SeparableConv1D, _k.SeparableConv2D),
+    tail=_operator,
+    slope=_slope,
+    rounding=_rounding,
+)
+rule(
+    *(layers.OrthogonalConv1D, layers.OrthogonalConv2D),
+    *(layers.OrthogonalConv1DTranspose, layers.OrthogonalConv2DTranspose),
+    *(layers.AOLDense, layers.AOLConv2D),
+    tail=_operator,
+    slope=_slope,
+    rounding=_composed_rounding,
+)
+rule(layers.SLLDense, layers.SLLConv2D, bound=_reflection)
+layer_rounding.register(ComposedKernel, _composed_rounding)
