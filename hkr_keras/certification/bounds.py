@@ -13,7 +13,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from hkr_keras.certification.checks import build_shape, check_built, check_input_dtype
+from hkr_keras.certification.checks import check_built, check_input_dtype
 from hkr_keras.certification.floating_point import MACHINE_EPSILON
 from hkr_keras.certification.graph import Application, is_model, walk
 from hkr_keras.certification.operators import Diagonal, Matrix, Operator
@@ -285,7 +285,7 @@ def lipschitz_bound(model: Any) -> float:
 
     Computed in float64 on the host from the stored weights, whatever constraint they carry: at inference, in
     exact arithmetic, `|f(x) - f(z)| <= bound * |x - z|`. Several inputs count as one long vector, and so do
-    several outputs. The bound of a layer by itself is that for inputs of the shape it was built for.
+    several outputs. The bound of a convolution by itself holds for images of every size.
 
     Args:
         model: a built Sequential or functional model, nested or not, or a layer.
@@ -306,7 +306,7 @@ def lipschitz_bound(model: Any) -> float:
     Reference:
         Gouk et al., Machine Learning 110 (2021), for the composition of bounds.
     """
-    return joint_constant(model_states(model)) if is_model(model) else bound_of(model, build_shape(model))
+    return joint_constant(model_states(model)) if is_model(model) else bound_of(model)
 
 
 def _model_bound(model: Any, shape: Shape = None) -> float:

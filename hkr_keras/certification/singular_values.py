@@ -496,7 +496,7 @@ def _explicit(
     extents = [d * (k - 1) + 1 for k, d in zip(window, dilation, strict=True)]
     if padding == "valid" and any(n < extent for n, extent in zip(sizes, extents, strict=True)):
         return None  # Keras refuses it
-    if all(n > 2 * extent for n, extent in zip(sizes, extents, strict=True)):
+    if all(n > 3 * extent for n, extent in zip(sizes, extents, strict=True)):
         return None  # near to the bound for every size
     pairs = zip(window, strides, dilation, sizes, strict=True)
     outputs = math.prod(_placement(k, s, d, padding, n)[0] for k, s, d, n in pairs)

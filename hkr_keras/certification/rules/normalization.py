@@ -43,6 +43,7 @@ def _rescaling(layer: Any, shape: Shape) -> Diagonal:
     scale, offset = (np.asarray(numbers, dtype=np.float64) for numbers in (layer.scale, layer.offset))
     if scale.ndim and keras.config.image_data_format() == "channels_first":
         scale = scale.reshape(scale.shape + (1,) * (3 - scale.ndim))  # as Keras does, whatever the rank of the input
+    shape = build_shape(layer) if shape is None else shape
     check_elementwise(layer, [scale, offset], shape)
     stored = as_stored(scale)
     return Diagonal(_aligned(layer, stored.numbers, shape), stored.error)

@@ -7,6 +7,7 @@ import keras
 import numpy as np
 
 from hkr_keras import layers
+from hkr_keras.certification.checks import build_shape
 from hkr_keras.certification.floating_point import MACHINE_EPSILON, Rounding, RoundingRule, norms, relative
 from hkr_keras.certification.rules.registry import SAME, Shape, bound_of, layer_rounding, rule
 
@@ -36,6 +37,7 @@ def _upsampling(layer: Any, shape: Shape) -> float:
 
 def _image_size(layer: Any, shape: Shape) -> tuple:
     """Height and width of a batch of images, which Keras takes a tensor of rank 3 not to be."""
+    shape = build_shape(layer) if shape is None else shape
     if shape is None or len(shape) != 4:
         raise ValueError(
             f"Expected {type(layer).__name__} '{layer.name}' to receive batches of images. Received: shape={shape}"
@@ -65,6 +67,7 @@ def _same_size(layer: Any, shape: Shape) -> float:
 
 
 def _time_distributed(layer: Any, shape: Shape) -> float:
+    shape = build_shape(layer) if shape is None else shape
     return bound_of(layer.layer, None if shape is None else (shape[0], *shape[2:]))
 
 
