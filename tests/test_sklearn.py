@@ -1,4 +1,4 @@
-"""The scikit-learn estimator: scikit-learn's own checks, labels, certificates, determinism, selection of models."""
+"""The scikit-learn estimators: scikit-learn's own checks, labels, certificates, determinism, selection of models."""
 
 import functools
 import pickle
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from helpers import BACKEND, normal, to_numpy
 from sklearn.base import clone
-from sklearn.datasets import load_iris, make_moons
+from sklearn.datasets import load_diabetes, load_iris, make_moons
 from sklearn.exceptions import NotFittedError
 from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.pipeline import make_pipeline
@@ -21,7 +21,7 @@ from sklearn.utils.estimator_checks import check_dataframe_column_names_consiste
 import hkr_keras as hkr
 from hkr_keras import sklearn as module
 from hkr_keras.models import lipschitz_mlp
-from hkr_keras.sklearn import HKRClassifier
+from hkr_keras.sklearn import HKRClassifier, HKRRegressor
 
 
 def keep_compiled(folder, seconds, size):
@@ -49,9 +49,13 @@ def _compile_once(tmp_path_factory):
 TINY = HKRClassifier(
     functools.partial(lipschitz_mlp, widths=()), optimizer="sgd", learning_rate=0.1, epochs=3, batch_size=64
 )
+TINY_REGRESSOR = HKRRegressor(
+    functools.partial(lipschitz_mlp, widths=()), optimizer="sgd", learning_rate=0.1, epochs=5, batch_size=64
+)
 CHECKS = {
-    f"{getattr(check, 'func', check).__name__}-{number}": (estimator, check)
-    for number, (estimator, check) in enumerate(estimator_checks_generator(TINY, legacy=True))
+    f"{type(tiny).__name__}-{getattr(check, 'func', check).__name__}-{number}": (estimator, check)
+    for tiny in (TINY, TINY_REGRESSOR)
+    for number, (estimator, check) in enumerate(estimator_checks_generator(tiny, legacy=True))
     if check.func.__name__ != "check_array_api_input"  # wants an environment variable; arrays are NumPy's here
 }
 
@@ -62,8 +66,9 @@ def test_checks_of_scikit_learn(name):
     check(estimator)
 
 
-def test_feature_names():
-    check_dataframe_column_names_consistency("HKRClassifier", TINY)
+@pytest.mark.parametrize("tiny", [TINY, TINY_REGRESSOR], ids=lambda tiny: type(tiny).__name__)
+def test_feature_names(tiny):
+    check_dataframe_column_names_consistency(type(tiny).__name__, tiny)
 
 
 X_MOONS, Y_MOONS = make_moons(300, noise=0.1, random_state=0)
@@ -293,6 +298,94 @@ def test_errors_of_certified_score(binary):
         binary.certified_score(X_MOONS, Y_MOONS, epsilon=-0.1)
     with pytest.raises(ValueError, match="inconsistent numbers of samples"):
         binary.certified_score(X_MOONS, Y_MOONS[:5], epsilon=0.1)
+
+
+X_DIABETES, Y_DIABETES = load_diabetes(return_X_y=True)
+X_DIABETES = StandardScaler().fit_transform(X_DIABETES)
+
+
+@pytest.fixture(scope="module")
+def regressor():
+    build = functools.partial(lipschitz_mlp, widths=(16,))
+    return HKRRegressor(build, lipschitz=1.5, epochs=15, random_state=0).fit(X_DIABETES[:330], Y_DIABETES[:330])
+
+
+def test_regression_learns(regressor):
+    assert regressor.score(X_DIABETES[330:], Y_DIABETES[330:]) > 0.4
+    assert (regressor.mean_, regressor.scale_) == pytest.approx((Y_DIABETES[:330].mean(), Y_DIABETES[:330].std()))
+    assert hkr.lipschitz_bound(regressor.model_) <= 1.5 * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("rigorous", [False, True])
+def test_no_change_within_epsilon_leaves_the_interval(regressor, rigorous):
+    x, epsilon = X_DIABETES[330:380].astype("float32"), 0.3
+    interval = regressor.certify(x, epsilon, rigorous)
+    assert interval.rigorous == rigorous
+    np.testing.assert_allclose(interval.value, regressor.predict(x), rtol=1e-5)
+    assert (interval.lower < interval.value).all()
+    assert (interval.value < interval.upper).all()
+    widest = 2 * epsilon * 1.5 * regressor.scale_
+    assert (interval.upper - interval.lower <= widest * (1 + 1e-3)).all()
+    steps = normal((50, *x.shape))
+    steps *= 0.999 * epsilon / np.linalg.norm(steps, axis=2, keepdims=True)
+    moved = regressor.predict((x + steps).reshape(-1, 10)).reshape(50, -1)
+    assert (interval.lower <= moved).all()
+    assert (moved <= interval.upper).all()
+
+
+def test_intervals_of_a_line_are_reached():
+    """The network is `2 x / scale`: its intervals are as wide as the function that it computes demands."""
+    x = np.array([[-1.0], [1.0]])
+    line = HKRRegressor(plain_line, lipschitz=2.0, epochs=1, learning_rate=1e-9).fit(x, [0.0, 10.0])
+    interval = line.certify(x, epsilon=0.25)
+    ends = [line.predict(x + sign * 0.25) for sign in (-1, 1)]
+    np.testing.assert_allclose(np.sort(ends, axis=0), [interval.lower, interval.upper], rtol=1e-5)
+    assert interval.bound == pytest.approx(2.0 * line.scale_, rel=1e-5)
+
+
+def plain_line(input_shape, outputs):
+    return keras.Sequential([keras.Input(input_shape), hkr.layers.LipschitzDense(outputs)])
+
+
+def test_the_certified_score_is_that_of_the_worst_change(regressor):
+    x, y = X_DIABETES[330:], Y_DIABETES[330:]
+    score = regressor.score(x, y)
+    assert regressor.certified_score(x, y, 0.0) == pytest.approx(score, abs=1e-4)
+    certified = regressor.certified_score(x, y, 0.2)
+    assert certified < score - 0.05
+    interval = regressor.certify(x, 0.2)
+    worst = np.maximum(np.abs(interval.lower - y), np.abs(interval.upper - y))
+    assert certified == pytest.approx(1 - np.square(worst).sum() / np.square(y - y.mean()).sum())
+
+
+def test_regressors_survive_pickling_and_cloning(regressor):
+    loaded = pickle.loads(pickle.dumps(regressor))
+    np.testing.assert_array_equal(loaded.predict(X_DIABETES), regressor.predict(X_DIABETES))
+    assert clone(regressor).get_params()["lipschitz"] == 1.5
+
+
+def test_targets_without_spread_are_predicted():
+    constant = clone(TINY_REGRESSOR).fit(X_MOONS, np.full(300, 7.0))
+    assert constant.scale_ == 1.0
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"lipschitz": 0.0}, "Received: lipschitz=0"),
+        ({"lipschitz": np.nan}, "Received: lipschitz=nan"),
+        ({"epochs": 0}, "at least 1. Received: epochs=0"),
+        ({"model": lambda shape, outputs: lipschitz_mlp(shape, 5, ())}, r"shape \(None, 1\). Received: .*\(None, 5\)"),
+    ],
+)
+def test_parameters_of_regressors_out_of_range(parameters, message):
+    with pytest.raises(ValueError, match=message):
+        HKRRegressor(**parameters).fit(X_DIABETES, Y_DIABETES)
+
+
+def test_intervals_of_negative_distances_are_refused(regressor):
+    with pytest.raises(ValueError, match=r"Received: epsilon=-0\.1"):
+        regressor.certify(X_DIABETES, epsilon=-0.1)
 
 
 def test_without_scikit_learn_the_error_says_what_to_install(monkeypatch):
