@@ -4,14 +4,19 @@ The gradient of an HKR network points to the other class along the optimal trans
 input along it shows what the network takes for evidence. On ordinary networks the same steps look like noise.
 """
 
+from typing import Any
+
+import keras
 import numpy as np
 
 from hkr_keras import margins
 from hkr_keras._backends.gradients import first_change, in_batches, input_gradient
 from hkr_keras._validation import number
 
+__all__ = ["counterfactual", "nearest_adversarial", "saliency"]
 
-def saliency(model, x, target=None, batch_size: int = 128) -> np.ndarray:
+
+def saliency(model: keras.Model, x: Any, target: Any = None, batch_size: int = 128) -> np.ndarray:
     """The gradient of a logit with respect to the inputs.
 
     Args:
@@ -42,7 +47,14 @@ def saliency(model, x, target=None, batch_size: int = 128) -> np.ndarray:
     return _gradient(model, x, 2 * chosen - 1 if _is_score(model) else chosen, batch_size)
 
 
-def counterfactual(model, x, target=None, t: float = 2.0, clip=None, batch_size: int = 128) -> np.ndarray:
+def counterfactual(
+    model: keras.Model,
+    x: Any,
+    target: Any = None,
+    t: float = 2.0,
+    clip: tuple[float, float] | None = None,
+    batch_size: int = 128,
+) -> np.ndarray:
     """Inputs moved along the gradient towards another class: `x - t g(x) grad g(x) / |grad g(x)|^2`.
 
     For one score g is f, for logits it is `f_target - f_predicted`. At `t=1` the input is where g would vanish if it
@@ -79,7 +91,14 @@ def counterfactual(model, x, target=None, t: float = 2.0, clip=None, batch_size:
     return _clipped(x + t * _to_the_boundary(model, x, logits, target, batch_size), clip)
 
 
-def nearest_adversarial(model, x, target=None, clip=None, reach: float = 16.0, batch_size: int = 128) -> np.ndarray:
+def nearest_adversarial(
+    model: keras.Model,
+    x: Any,
+    target: Any = None,
+    clip: tuple[float, float] | None = None,
+    reach: float = 16.0,
+    batch_size: int = 128,
+) -> np.ndarray:
     """The nearest input along the gradient that is classified differently.
 
     From the (linear) distance to the boundary on, steps double until the prediction has changed, and bisection goes
@@ -106,7 +125,7 @@ def nearest_adversarial(model, x, target=None, clip=None, reach: float = 16.0, b
     x, logits = _inputs_and_logits(model, x, batch_size)
     prediction, move = logits.argmax(axis=1), _to_the_boundary(model, x, logits, target, batch_size)
 
-    def changed(points):
+    def changed(points: np.ndarray) -> np.ndarray:
         return _logits(model, points, batch_size).argmax(axis=1) != prediction
 
     found, t = np.full(x.shape, np.nan, dtype=np.float32), 1.0
@@ -117,23 +136,23 @@ def nearest_adversarial(model, x, target=None, clip=None, reach: float = 16.0, b
     return np.where(np.isnan(found), found, nearest)
 
 
-def _is_score(model) -> bool:
+def _is_score(model: keras.Model) -> bool:
     return margins.is_binary(model.outputs[0])
 
 
-def _logits(model, x, batch_size: int) -> np.ndarray:
+def _logits(model: keras.Model, x: np.ndarray, batch_size: int) -> np.ndarray:
     outputs = model.predict(x.astype(np.float32), batch_size=batch_size, verbose=0)
     return margins.two_logits(np.asarray(outputs, dtype=np.float64))
 
 
-def _inputs_and_logits(model, x, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+def _inputs_and_logits(model: keras.Model, x: Any, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
     x = np.asarray(x, dtype=np.float64)
     if x.ndim < 2 or not x.size or not np.isfinite(x).all():
         raise ValueError(f"Expected finite inputs of shape (n, ...). Received: x.shape={x.shape}")
     return x, _logits(model, x, batch_size)
 
 
-def _one_hot(target, logits: np.ndarray) -> np.ndarray:
+def _one_hot(target: Any, logits: np.ndarray) -> np.ndarray:
     labels = np.broadcast_to(np.asarray(target), len(logits)) if np.ndim(target) == 0 else np.asarray(target)
     count = logits.shape[1]
     if (
@@ -147,14 +166,14 @@ def _one_hot(target, logits: np.ndarray) -> np.ndarray:
     return np.eye(count)[labels]
 
 
-def _gradient(model, x: np.ndarray, weights: np.ndarray, batch_size: int) -> np.ndarray:
+def _gradient(model: keras.Model, x: np.ndarray, weights: np.ndarray, batch_size: int) -> np.ndarray:
     """Of the weighted sum of the logits; a score counts as `(-f / 2, f / 2)`."""
     if _is_score(model):
         weights = 0.5 * (weights[:, 1:] - weights[:, :1])
     return in_batches(input_gradient(model), x, weights, batch_size=batch_size)
 
 
-def _to_the_boundary(model, x: np.ndarray, logits: np.ndarray, target, batch_size: int) -> np.ndarray:
+def _to_the_boundary(model: keras.Model, x: np.ndarray, logits: np.ndarray, target: Any, batch_size: int) -> np.ndarray:
     """The moves `-g grad g / |grad g|^2` to where g would vanish if it were linear, `(n, ...)` float64."""
     own = np.eye(logits.shape[1])[logits.argmax(axis=1)]
     rival = np.where(own > 0, -np.inf, logits).argmax(axis=1) if target is None else target
@@ -165,7 +184,7 @@ def _to_the_boundary(model, x: np.ndarray, logits: np.ndarray, target, batch_siz
     return -_column(np.divide(gap, squares, out=np.zeros(len(x)), where=squares > 0), x.ndim) * gradient
 
 
-def _clipped(x: np.ndarray, clip) -> np.ndarray:
+def _clipped(x: np.ndarray, clip: tuple[float, float] | None) -> np.ndarray:
     if clip is not None:
         low, high = clip
         if not low < high:

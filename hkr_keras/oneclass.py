@@ -1,12 +1,17 @@
 """One-class learning: a score that is a signed distance to the data, trained against generated outliers."""
 
+from typing import Any
+
+import keras
 import numpy as np
 
 from hkr_keras import margins
 from hkr_keras._validation import number
 
+__all__ = ["fit", "surrounding_box"]
 
-def surrounding_box(x, share: float = 0.25) -> tuple[np.ndarray, np.ndarray]:
+
+def surrounding_box(x: Any, share: float = 0.25) -> tuple[np.ndarray, np.ndarray]:
     """Lowest and highest values of data in every coordinate, moved apart on each side by a share of their distance.
 
     Example:
@@ -18,7 +23,14 @@ def surrounding_box(x, share: float = 0.25) -> tuple[np.ndarray, np.ndarray]:
     return low - share * (high - low), high + share * (high - low)
 
 
-def fit(model, x, epochs: int, box=None, batch_size: int = 64, seed: int = 0) -> np.ndarray:
+def fit(
+    model: keras.Model,
+    x: Any,
+    epochs: int,
+    box: tuple[Any, Any] | None = None,
+    batch_size: int = 64,
+    seed: int = 0,
+) -> np.ndarray:
     """Trains a score on one class: inputs are labelled 1, and as many fresh uniform points of a box 0 in every epoch.
 
     The size of the score of a 1-Lipschitz model is a lower bound of the distance to the boundary that it draws around

@@ -3,13 +3,17 @@
 Needs `pip install 'hkr_keras[transport]'`: POT for distances, SciPy for the linear programme.
 """
 
+from typing import Any
+
 import numpy as np
 
 from hkr_keras import margins
 from hkr_keras._validation import number
 
+__all__ = ["hkr_optimum", "wasserstein1"]
 
-def wasserstein1(x, y, x_weights=None, y_weights=None) -> float:
+
+def wasserstein1(x: Any, y: Any, x_weights: Any = None, y_weights: Any = None) -> float:
     """The exact Wasserstein-1 distance of two samples, with the L2 distance of points as its cost.
 
     No 1-Lipschitz function separates the means of the samples by more (Kantorovich and Rubinstein):
@@ -52,7 +56,7 @@ def wasserstein1(x, y, x_weights=None, y_weights=None) -> float:
     return float(distance)
 
 
-def hkr_optimum(x, y, alpha: float, margin: float) -> float:
+def hkr_optimum(x: Any, y: Any, alpha: float, margin: float) -> float:
     """The exact minimum of the HKR loss over all 1-Lipschitz functions, on a sample: a linear programme.
 
     With a share p of positive points it is the dual problem, the largest value of
@@ -116,14 +120,14 @@ def hkr_optimum(x, y, alpha: float, margin: float) -> float:
     return float(-(solution.fun + 2 * margin))
 
 
-def _points(points, name: str) -> np.ndarray:
+def _points(points: Any, name: str) -> np.ndarray:
     points = np.asarray(points, dtype=np.float64)
     if points.ndim < 2 or not points.size or not np.isfinite(points).all():
         raise ValueError(f"Expected finite points of shape (n, ...). Received: {name}.shape={points.shape}")
     return points.reshape(len(points), -1)
 
 
-def _masses(weights, count: int, name: str) -> np.ndarray:
+def _masses(weights: Any, count: int, name: str) -> np.ndarray:
     masses = np.ones(count) if weights is None else np.asarray(weights, dtype=np.float64)
     if masses.shape != (count,) or not (masses >= 0).all() or not 0 < masses.sum() < np.inf:
         raise ValueError(
