@@ -6,6 +6,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 import keras
+import numpy as np
 import pytest
 
 collect_ignore = ["replicas"]  # programs, each for one backend and in processes of its own
@@ -17,6 +18,37 @@ def _clean_state():
     policy = keras.config.dtype_policy()
     yield
     keras.config.set_dtype_policy(policy)
+
+
+def _draw_with_numpy() -> None:
+    """Lets NumPy draw what JAX draws outside of compiled functions: it would compile its generator for every shape."""
+    import jax
+
+    def replaced(original, draw):
+        def function(key, *args, **kwargs):
+            if args or isinstance(key, jax.core.Tracer):
+                return original(key, *args, **kwargs)
+            drawn = draw(np.random.default_rng(np.asarray(key)), **kwargs)
+            return jax.numpy.asarray(drawn.astype(kwargs["dtype"]))
+
+        return function
+
+    def truncated(rng, shape, lower, upper, dtype):
+        inside = rng.normal(size=(64, *shape))  # none of 64 lies in [-2, 2] with a chance of 1e-86
+        first = ((lower < inside) & (inside < upper)).argmax(axis=0)
+        return np.take_along_axis(inside, first[None], axis=0)[0]
+
+    draws = {
+        "normal": lambda rng, shape, dtype: rng.normal(size=shape),
+        "uniform": lambda rng, shape, minval, maxval, dtype: rng.uniform(minval, maxval, shape),
+        "truncated_normal": truncated,
+    }
+    for name, draw in draws.items():
+        setattr(jax.random, name, replaced(getattr(jax.random, name), draw))
+
+
+if keras.backend.backend() == "jax":
+    _draw_with_numpy()
 
 
 @pytest.fixture
