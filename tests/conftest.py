@@ -58,12 +58,13 @@ def backend() -> str:
 
 
 def pytest_collection_modifyitems(config, items):
-    """JAX compiles every size of every case: of tables marked `many` it runs a fifth, and no docstrings."""
-    if keras.backend.backend() != "jax":
+    """What is marked `once`, and every docstring, runs on PyTorch; of tables marked `many` JAX runs a fifth."""
+    backend = keras.backend.backend()
+    if backend == "torch":
         return
-    many = [item for item in items if item.get_closest_marker("many")]
-    examples = [item for item in items if isinstance(item, pytest.DoctestItem)]
-    left_out = {*many, *examples} - set(many[::5])
+    once = [item for item in items if item.get_closest_marker("once") or isinstance(item, pytest.DoctestItem)]
+    many = [item for item in items if item.get_closest_marker("many")] if backend == "jax" else []
+    left_out = {*once, *many} - set(many[::5])
     config.hook.pytest_deselected(items=list(left_out))
     items[:] = [item for item in items if item not in left_out]
 

@@ -25,6 +25,8 @@ import timing
 
 import hkr_keras as hkr
 
+pytestmark = pytest.mark.once
+
 OPTIONS = {
     "dataset": "digits",
     "model": "mlp",

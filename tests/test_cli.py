@@ -15,6 +15,8 @@ import hkr_keras as hkr
 from hkr_keras import cli
 from hkr_keras.cli import demo, main
 
+pytestmark = pytest.mark.once
+
 
 def test_digits_demo_reaches_its_figures(tmp_path, capsys):
     output = tmp_path / "out"

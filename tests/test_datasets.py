@@ -8,6 +8,8 @@ import pytest
 
 from hkr_keras import datasets
 
+pytestmark = pytest.mark.once
+
 
 def test_stored_images_are_scaled(monkeypatch):
     images = np.arange(2 * 28 * 28, dtype="uint8").reshape(2, 28, 28)

@@ -8,9 +8,10 @@ import re
 import keras
 import numpy as np
 import pytest
-from helpers import BACKEND
 
 import hkr_keras as hkr
+
+pytestmark = pytest.mark.once
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [
@@ -47,9 +48,6 @@ def names_of_a_page(page, data):
     }
 
 
-@pytest.mark.skipif(
-    BACKEND != "torch", reason="the code is the same on every backend, and this one starts the quickest"
-)
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_code_of_pages_runs(page, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)

@@ -1,30 +1,40 @@
-"""Every notebook runs from top to bottom in its fast mode, and is committed with outputs and a Colab badge.
+"""Every notebook runs from top to bottom in its fast mode, and is committed with outputs and a Colab badge."""
 
-The backends take turns. JAX, which compiles every operation of a cell, has one in five.
-"""
-
-import itertools
 import pathlib
 
 import nbclient
 import nbformat
 import pytest
-from helpers import BACKEND
+from jupyter_client import KernelManager
 
-TURNS = ["tensorflow", "torch", "torch", "tensorflow", "jax"]
+pytestmark = pytest.mark.once
+
 NOTEBOOKS = sorted((pathlib.Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
-MINE = [path for path, backend in zip(NOTEBOOKS, itertools.cycle(TURNS), strict=False) if backend == BACKEND]
 
 
 def test_there_are_notebooks():
     assert NOTEBOOKS
 
 
-@pytest.mark.parametrize("path", MINE, ids=lambda path: path.stem)
-def test_runs(path, monkeypatch, tmp_path):
-    monkeypatch.setenv("HKR_FAST", "1")
+@pytest.fixture(scope="module")
+def kernel(tmp_path_factory):
+    """One process for all notebooks: most of the time goes into its imports."""
+    manager = KernelManager(kernel_name="python3")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HKR_FAST", "1")
+        manager.start_kernel(cwd=tmp_path_factory.mktemp("notebooks"))
+    yield manager
+    manager.shutdown_kernel(now=True)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_runs(path, kernel):
     notebook = nbformat.read(path, as_version=4)
-    nbclient.NotebookClient(notebook, timeout=120, resources={"metadata": {"path": tmp_path}}).execute()
+    forget = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("%reset -f")])
+    for each in (forget, notebook):
+        client = nbclient.NotebookClient(each, kernel, timeout=120)
+        client.execute()
+        client.kc.stop_channels()
     assert all(cell.execution_count for cell in notebook.cells if cell.cell_type == "code")
 
 

@@ -13,6 +13,8 @@ from hkr_keras.attacks import Robustness
 from hkr_keras.models import lipschitz_mlp
 from hkr_keras.plotting import plot_field, plot_image_rows, plot_robustness
 
+pytestmark = pytest.mark.once
+
 
 @pytest.fixture(autouse=True)
 def _closed():

@@ -9,7 +9,7 @@ import sys
 import keras
 import numpy as np
 import pytest
-from helpers import BACKEND, normal, to_numpy
+from helpers import normal, to_numpy
 from sklearn.base import clone
 from sklearn.datasets import load_diabetes, load_iris, make_moons
 from sklearn.exceptions import NotFittedError
@@ -23,29 +23,10 @@ from hkr_keras import sklearn as module
 from hkr_keras.models import lipschitz_mlp
 from hkr_keras.sklearn import HKRClassifier, HKRRegressor
 
-
-def keep_compiled(folder, seconds, size):
-    """Where JAX keeps what it has compiled, if anywhere, and from which time and size on."""
-    import jax
-    from jax.experimental.compilation_cache import compilation_cache
-
-    jax.config.update("jax_compilation_cache_dir", folder)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", seconds)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", size)
-    compilation_cache.reset_cache()
+pytestmark = pytest.mark.once
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compile_once(tmp_path_factory):
-    """The same few networks are fitted again and again."""
-    if BACKEND == "jax":
-        keep_compiled(str(tmp_path_factory.mktemp("jax")), 0.0, -1)
-    yield
-    if BACKEND == "jax":
-        keep_compiled(None, 1.0, 0)
-
-
-# One layer, few operations to compile: scikit-learn fits it ninety times.
+# One layer: scikit-learn fits it ninety times.
 TINY = HKRClassifier(
     functools.partial(lipschitz_mlp, widths=()), optimizer="sgd", learning_rate=0.1, epochs=3, batch_size=64
 )

@@ -10,6 +10,8 @@ from sklearn.datasets import make_moons
 import hkr_keras as hkr
 from hkr_keras.transport import hkr_optimum, wasserstein1
 
+pytestmark = pytest.mark.once
+
 ALPHA, MARGIN = 1.0, 0.3
 
 
