@@ -54,9 +54,11 @@ class LipschitzConstraint(keras.constraints.Constraint):
         """A point of the constraint set made from freshly initialised weights."""
         return self.project(kernel)
 
-    def initializer(self, initializer) -> keras.initializers.Initializer:
-        """An initializer that starts on the constraint set."""
-        return _StartingFrom(keras.initializers.get(initializer or "glorot_uniform"), self)
+    def initializer(
+        self, initializer: str | dict | keras.initializers.Initializer | None = None
+    ) -> "ConstrainedInitializer":
+        """An initializer that starts on the constraint set, from another one, by default `"glorot_uniform"`."""
+        return ConstrainedInitializer(initializer, self)
 
     def _project(self, matrices: Tensor) -> Tensor:
         raise NotImplementedError
@@ -79,15 +81,44 @@ class LipschitzConstraint(keras.constraints.Constraint):
         return geometry.from_matrices(function(matrices * geometry.gain), kernel.shape) / geometry.gain
 
 
-class _StartingFrom(keras.initializers.Initializer):
-    """The weights of another initializer, moved onto a constraint set."""
+@registered
+class ConstrainedInitializer(keras.initializers.Initializer):
+    """The weights of another initializer, moved onto a constraint set.
 
-    def __init__(self, initializer, constraint: LipschitzConstraint):
-        self.initializer = initializer
-        self.constraint = constraint
+    Args:
+        initializer: of the weights that are moved; `None` for `"glorot_uniform"`.
+        constraint: whose `start` moves them; `None` for `Orthonormal()`.
 
-    def __call__(self, shape, dtype=None):
+    Returns:
+        When called with a shape and a dtype: a tensor of these.
+
+    Example:
+
+    >>> import numpy as np, hkr_keras as hkr
+    >>> kernel = hkr.constraints.Orthonormal().initializer("he_normal")((4, 2))
+    >>> kernel = keras.ops.convert_to_numpy(kernel)
+    >>> bool(np.allclose(kernel.T @ kernel, np.eye(2), atol=1e-5))
+    True
+    """
+
+    def __init__(
+        self,
+        initializer: str | dict | keras.initializers.Initializer | None = None,
+        constraint: LipschitzConstraint | dict | None = None,
+    ):
+        if isinstance(constraint, dict):
+            constraint = keras.saving.deserialize_keras_object(constraint)
+        self.initializer = keras.initializers.get(initializer or "glorot_uniform")
+        self.constraint = get(constraint)
+
+    def __call__(self, shape: Sequence[int], dtype: str | None = None) -> Tensor:
         return self.constraint.start(ops.convert_to_tensor(self.initializer(shape, dtype=dtype)))
+
+    def get_config(self) -> dict[str, Any]:
+        return {
+            "initializer": keras.initializers.serialize(self.initializer),
+            "constraint": keras.saving.serialize_keras_object(self.constraint),
+        }
 
 
 @registered

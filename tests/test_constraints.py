@@ -210,3 +210,25 @@ def test_project_refuses_constraints_of_another_library():
     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2, kernel_constraint="non_neg")])
     with pytest.raises(ValueError, match="Received: constraint="):
         hkr.constraints.project(model)
+
+
+@pytest.mark.parametrize(
+    "constraint", [Orthonormal(), SpectralBall(), UnitNorm(), hkr.constraints.DeferredOrthonormal()]
+)
+@pytest.mark.parametrize("inner", ["glorot_uniform", keras.initializers.HeNormal(seed=3), None])
+def test_an_initializer_on_the_constraint_set_can_be_saved(constraint, inner, tmp_path):
+    bound = constraint.bind(hkr.geometry.Geometry(gain=3.0))
+    initializer = bound.initializer(inner)
+    config = keras.saving.serialize_keras_object(initializer)
+    copy = keras.saving.deserialize_keras_object(config)
+    assert keras.saving.serialize_keras_object(copy) == config
+    assert copy.constraint.geometry == bound.geometry
+    if not isinstance(inner, str) and inner is not None:
+        np.testing.assert_array_equal(to_numpy(copy((3, 3, 2, 4))), to_numpy(initializer((3, 3, 2, 4))))
+    model = keras.Sequential(
+        [keras.Input((4,)), keras.layers.Dense(3, kernel_initializer=constraint.initializer(inner))]
+    )
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert type(loaded.layers[0].kernel_initializer).__name__ == "ConstrainedInitializer"
+    assert hkr.lipschitz_bound(model) <= 3**0.5 * (1 + 1e-5)

@@ -78,8 +78,8 @@ class Rebuilder:
         if isinstance(model, keras.Sequential):
             (tensor,) = view.inputs
             start = keras.Input(batch_shape=tensor.shape, dtype=tensor.dtype, name=tensor.name)
-            behind = [operation for operation in view.operations if not isinstance(operation, _k.InputLayer)]
-            return keras.Sequential([start, *(n for layer in behind for n in self._layer(layer))], name=model.name)
+            behind = [n for layer in view.layers if not isinstance(layer, _k.InputLayer) for n in self._layer(layer)]
+            return keras.Sequential([start, *behind], name=model.name)
         return keras.models.clone_model(view, clone_function=lambda old: self._layer(old)[0], call_function=self._call)
 
 
@@ -117,7 +117,9 @@ def operations_of(model: Any) -> list:
     check_built(model)
     model_in_use(model)  # refuses a forward pass of its own
     found: dict[Any, None] = {}
-    for operation in as_run(model).operations:
+    view = as_run(model)
+    everything = view.layers if isinstance(model, keras.Sequential) else view.operations  # its operations are masks
+    for operation in everything:
         inner = operation.layer if type(operation) is _k.TimeDistributed else operation
         found |= dict.fromkeys(operations_of(inner) if is_model(inner) else [inner])
     return list(found)

@@ -19,6 +19,7 @@ from hkr_keras.conversion.rebuilding import (
     calls_of,
     copied,
     from_config,
+    is_model,
     operations_of,
 )
 from hkr_keras.geometry import kernel_geometries
@@ -49,7 +50,7 @@ def to_keras(model: keras.Model, kernels_only: bool = False) -> keras.Model:
 
     Raises:
         ValueError: for a model that is not built or has a forward pass of its own; for layers whose conversion needs a
-            size that is unknown; for layers of yours that hold one of this package.
+            size that is unknown; for layers of yours that hold one of this package; for masks where one is several.
 
     Example:
 
@@ -59,9 +60,20 @@ def to_keras(model: keras.Model, kernels_only: bool = False) -> keras.Model:
     >>> [type(layer).__name__ for layer in to_keras(model, kernels_only=True).layers]
     ['Conv2D', 'GroupSort']
     """
-    if any(map(_is_followed, operations_of(model))):
+    operations = operations_of(model)
+    if any(map(_is_followed, operations)):
         model = Rebuilder(_split)(model)
-    new = Rebuilder(_kernels_only if kernels_only else keras_layers)(model)
+    rebuilder = Rebuilder(_kernels_only if kernels_only else keras_layers)
+    new = rebuilder(model)
+    masking = [o.name for o in operations if isinstance(o, _k.Masking) or getattr(o, "mask_zero", False)]
+    several = [
+        layer.name for layer, found in rebuilder.known.items() if hasattr(layer, "as_keras") and is_model(found[0])
+    ]
+    if masking and several:
+        raise ValueError(
+            "Expected no masks where a layer becomes several ones, which do not all pass a mask on. "
+            f"Received: masks of {', '.join(masking)}; {', '.join(several)}"
+        )
     held = [layer.name for layer in operations_of(new) if not kernels_only and _mentions_us(layer)]
     if held:
         raise ValueError(

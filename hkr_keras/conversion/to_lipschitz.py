@@ -14,10 +14,10 @@ import rich.table
 
 from hkr_keras import constraints, layers
 from hkr_keras.certification.bounds import activation_bound, lipschitz_bound, merge_bound
-from hkr_keras.certification.checks import build_shape, check_kernel_layer, check_merge
-from hkr_keras.certification.graph import Application, applications_of, consumers_of, is_model, source_of, walk
+from hkr_keras.certification.checks import check_kernel_layer, check_merge
+from hkr_keras.certification.graph import Application, consumers_of, is_model, source_of, walk
 from hkr_keras.certification.singular_values import as_float64
-from hkr_keras.conversion.rebuilding import Layer, Rebuilder, StandIns, copied, from_config, operations_of
+from hkr_keras.conversion.rebuilding import Layer, Rebuilder, StandIns, calls_of, copied, from_config, operations_of
 from hkr_keras.geometry import kernel_geometries, overlap
 from hkr_keras.layers.base import LipschitzLayer
 
@@ -74,8 +74,8 @@ def to_lipschitz(
         replace: what to do with layers of a class, or with one name, in place of the above: a class, which is given
             the settings it knows of; a function from the old layer to a new one; or `None` to keep the layer.
             Names go before classes. A new weight takes over the old one of the same name and shape.
-        activation: makes the layer that replaces a rectifier; called with `name=` (and `axis=` for `channels_first`
-            data). `None` keeps the rectifiers.
+        activation: makes the layer that replaces a rectifier; called with `name=`, `dtype=` (and `axis=` where
+            `channels_first` plays a part). `None` keeps the rectifiers.
         print_fn: takes a table of what was done, and what is left to do; `None` prints nothing.
 
     Returns:
@@ -113,7 +113,7 @@ def to_lipschitz(
             "Expected layers that can be converted or have a finite Lipschitz constant; replace={name or class: ...} "
             f"says what to put in their place. Received: model '{model.name}' with\n" + "\n".join(refused)
         )
-    new = Rebuilder(lambda layer: plan.stand_ins[id(layer)])(model)
+    new = Rebuilder(lambda layer: plan.stand_ins[layer])(model)
     _rescale_offsets(new, plan.old_layers)
     bound = lipschitz_bound(new)
     if print_fn is not None:
@@ -121,19 +121,20 @@ def to_lipschitz(
     return new
 
 
-def _ends(model) -> tuple[set[int], set[int]]:
-    """The layers between the last weights and the outputs, and the Dense layers before them, by their identity."""
-    last, heads = set(), set()
+def _ends(model: keras.Model) -> tuple[set[Any], set[Any]]:
+    """The layers between the last weights and the outputs, and the Dense layers before them."""
+    last: set[Any] = set()
+    heads: set[Any] = set()
 
     def visit(tensor):
         layer, sources, index = source_of(tensor)
         if is_model(layer):
             visit(layer.outputs[index])
         elif type(layer) is _k.Dense:
-            heads.add(id(layer))
+            heads.add(layer)
         elif isinstance(layer, _PASSING) or _makes_probabilities(layer):
-            if all(id(used) in last for used in consumers_of(layer)):  # not before weights as well
-                last.add(id(layer))
+            if all(used in last for used in consumers_of(layer)):  # not before weights as well
+                last.add(layer)
             for source in sources:
                 visit(source)
 
@@ -149,10 +150,10 @@ def _makes_probabilities(layer) -> bool:
 class _Plan:
     """What stands for every layer, and what to tell of it."""
 
-    def __init__(self, replace: Mapping, activation, last: set[int], heads: set[int]):
+    def __init__(self, replace: Mapping, activation, last: set[Any], heads: set[Any]):
         self.replace, self.activation, self.last, self.heads = replace, activation, last, heads
-        self.stand_ins: dict[int, StandIns] = {}
-        self.old_layers: dict[int, Layer] = {}  # by the identity of the layer that took over their weights
+        self.stand_ins: dict[Any, StandIns] = {}
+        self.old_layers: dict[Layer, Layer] = {}  # by the layer that took over their weights
         self.rows: list[tuple[str, str, str]] = []
 
     def refusal(self, operation) -> str | None:
@@ -166,11 +167,11 @@ class _Plan:
         except (TypeError, ValueError) as error:
             return f"- {operation.name} ({type(operation).__name__}): {error}"
         if new is None:
-            self.stand_ins[id(operation)], kind = copied(operation), "kept"
+            self.stand_ins[operation], kind = copied(operation), "kept"
         else:
-            self.stand_ins[id(operation)] = new, functools.partial(_take_over, operation, new, self.old_layers)
+            self.stand_ins[operation] = new, functools.partial(_take_over, operation, new, self.old_layers)
             kind = " + ".join(type(layer).__name__ for layer in new) or "dropped: certificates are about logits"
-            if id(operation) in self.heads and operation.activation in _PROBABILITIES:
+            if operation in self.heads and operation.activation in _PROBABILITIES:
                 kind += f", {operation.activation.__name__} dropped"
         self.rows.append((operation.name, type(operation).__name__, kind))
         return None
@@ -180,7 +181,7 @@ class _Plan:
         given = [self.replace[key] for key in (layer.name, *type(layer).__mro__) if key in self.replace]
         if given and given[0] is not None:
             return self.of_class(given[0], layer) if isinstance(given[0], type) else [given[0](layer)]
-        if not given and id(layer) in self.last and _makes_probabilities(layer):
+        if not given and layer in self.last and _makes_probabilities(layer):
             return []
         cls = None if given else _counterpart(layer)
         if cls is not None:
@@ -202,23 +203,26 @@ class _Plan:
         check_kernel_layer(layer)
         changes: dict[str, Any] = {}
         follower = self.rectifier(layer, f"{layer.name}_activation") if _rectifies(layer) else []
-        if follower or (id(layer) in self.heads and layer.activation in _PROBABILITIES):
+        if follower or (layer in self.heads and layer.activation in _PROBABILITIES):
             changes["activation"] = None
         else:
             activation_bound(layer.activation)
-        if id(layer) in self.heads and issubclass(cls, layers.LipschitzDense):
+        if layer in self.heads and issubclass(cls, layers.LipschitzDense):
             changes["kernel_constraint"] = constraints.UnitNorm()
         return [from_config(cls, layer, **changes), *follower]
 
     def rectifier(self, layer, name: str) -> list[Layer]:
         """The activation that replaces a rectifier, or nothing where it cannot."""
-        nodes = [tensor.shape for inputs, _ in applications_of(layer) for tensor in inputs] or [build_shape(layer)]
-        shape = layer.compute_output_shape(nodes[0])
-        first = getattr(layer, "data_format", keras.config.image_data_format()) == "channels_first" and len(shape) > 2
+        ((shape, *_), *_) = calls_of(layer)
+        shape = layer.compute_output_shape(shape)
+        usual = "channels_last" if kernel_geometries(layer) else keras.config.image_data_format()
+        first = getattr(layer, "data_format", usual) == "channels_first" and len(shape) > 2
         channels = shape[1 if first else -1]
         if self.activation is None or channels is None or channels % 2:
             return []
-        return [self.activation(name=name, dtype=layer.dtype_policy, **({"axis": 1} if first else {}))]
+        last = not first and keras.config.image_data_format() == "channels_first"  # what the layer would not expect
+        axis = {"axis": 1} if first else {"axis": -1} if last else {}
+        return [self.activation(name=name, dtype=layer.dtype_policy, **axis)]
 
 
 def _rectifies(layer) -> bool:
@@ -233,15 +237,15 @@ def _counterpart(layer) -> type | None:
 
 
 def _check_inputs(layer) -> None:
-    for inputs, _ in applications_of(layer):
-        if len(inputs) > 1:
-            check_merge(layer, [tensor.shape for tensor in inputs])
+    for shapes in calls_of(layer):
+        if len(shapes) > 1:
+            check_merge(layer, shapes)
 
 
 def _check_kept(layer, asked: bool) -> None:
     """Refuses to keep a layer without a proven bound, or an unconstrained kernel unless that was asked for."""
     _check_inputs(layer)
-    several = max((len(inputs) for inputs, _ in applications_of(layer)), default=1)
+    several = max(map(len, calls_of(layer)), default=1)
     if several > 1:
         merge_bound(layer, np.eye(several))
     else:
@@ -250,7 +254,7 @@ def _check_kept(layer, asked: bool) -> None:
         raise ValueError("it has a kernel that nothing would constrain")
 
 
-def _take_over(old, new: list[Layer], old_layers: dict[int, Layer]) -> None:
+def _take_over(old, new: list[Layer], old_layers: dict[Layer, Layer]) -> None:
     """Gives the first new layer the weights of the old one that have the same name and shape, on their constraint set.
 
     A layer without a place for all kernels of the old one starts anew.
@@ -262,26 +266,26 @@ def _take_over(old, new: list[Layer], old_layers: dict[int, Layer]) -> None:
         ]
         if kernel_geometries(old).keys() - {weight.name for weight, _ in pairs}:
             return
-        old_layers[id(layer)] = old
+        old_layers[layer] = old
         for weight, before in pairs:
             weight.assign(before)
             if isinstance(weight.constraint, constraints.LipschitzConstraint):
                 weight.assign(weight.constraint.polish(weight))
 
 
-def _rescale_offsets(model, old_layers: dict[int, Layer]) -> None:
+def _rescale_offsets(model, old_layers: dict[Layer, Layer]) -> None:
     """Makes biases and means as much smaller as the activations have become.
 
     Most of these networks are positively homogeneous: when a projection divides a kernel by 5 and all later biases
     are divided by 5 too, the same inputs go to the same classes. The factor is followed through the graph; that of a
     kernel is `<new, old> / <old, old>`, its best one in the sense of least squares.
     """
-    done: set[int] = set()
+    done: set[Any] = set()
 
     def apply(place: Application, scales: list[float]) -> float:
         layer = place.layer.layer if type(place.layer) is _k.TimeDistributed else place.layer
-        old, first = old_layers.get(id(layer)), id(layer) not in done
-        done.add(id(layer))
+        old, first = old_layers.get(layer), layer not in done
+        done.add(layer)
         if isinstance(layer, layers.LipschitzResidual) and isinstance(old, _k.Add):
             if first:  # weights that make the sum that of the old branches
                 layer.mixing_logits.assign(-np.log(scales))

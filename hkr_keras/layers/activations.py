@@ -114,9 +114,10 @@ class _ChannelActivation(keras.layers.Layer):
 
     group = 2
 
-    def __init__(self, axis: int = -1, **kwargs):
+    def __init__(self, axis: int | None = None, **kwargs: Any):
         super().__init__(**kwargs)
-        self.axis = axis
+        first = keras.config.image_data_format() == "channels_first"
+        self.axis = (1 if first else -1) if axis is None else axis  # stored, so that a file means the same anywhere
         self.supports_masking = True
 
     def build(self, input_shape):
@@ -167,7 +168,7 @@ class GroupSort(_ChannelActivation):
 
     Args:
         n: channels in a group, at least 2. The number of channels must be a multiple of it.
-        axis: the channel axis; 1 for `channels_first` data.
+        axis: the channel axis; `None` for that of `keras.config.image_data_format()`: 1 or -1.
         **kwargs: of `keras.layers.Layer`.
 
     Input and output shape: any, the same.
@@ -185,7 +186,7 @@ class GroupSort(_ChannelActivation):
         Anil et al., ICML 2019 (arXiv 1811.05381), section 4.2.
     """
 
-    def __init__(self, n: int = 2, axis: int = -1, **kwargs):
+    def __init__(self, n: int = 2, axis: int | None = None, **kwargs: Any):
         if not isinstance(n, int) or n < 2:
             raise ValueError(f"Expected the group size to be an integer of at least 2. Received: n={n}")
         super().__init__(axis=axis, **kwargs)
@@ -220,7 +221,7 @@ class MaxMin(_ChannelActivation):
     convolution papers; often a little faster, since halves are cheap to address.
 
     Args:
-        axis: the channel axis; 1 for `channels_first` data.
+        axis: the channel axis; `None` for that of `keras.config.image_data_format()`: 1 or -1.
         **kwargs: of `keras.layers.Layer`.
 
     Input and output shape: any, the same; an even number of channels.
@@ -253,7 +254,7 @@ class FullSort(_ChannelActivation):
     """Sorts all channels in ascending order: `GroupSort` with one group.
 
     Args:
-        axis: the channel axis; 1 for `channels_first` data.
+        axis: the channel axis; `None` for that of `keras.config.image_data_format()`: 1 or -1.
         **kwargs: of `keras.layers.Layer`.
 
     Input and output shape: any, the same.
@@ -283,7 +284,7 @@ class Householder(_ChannelActivation):
     """Trainable reflections of pairs of channels; starts as `MaxMin`.
 
     Args:
-        axis: the channel axis; 1 for `channels_first` data.
+        axis: the channel axis; `None` for that of `keras.config.image_data_format()`: 1 or -1.
         **kwargs: of `keras.layers.Layer`.
 
     Input and output shape: any, the same; an even number of channels.

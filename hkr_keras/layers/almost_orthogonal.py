@@ -29,7 +29,8 @@ def almost_orthogonal(kernel: Tensor, strides: Sequence[int] = ()) -> Tensor:
 
     Args:
         kernel: floating point tensor `(*window, inputs, outputs)`, of any size: the result does not depend on its
-            scale. A channel of zeros stays zero.
+            scale. A channel of zeros stays zero. Gradients are finite at zero too: below 1e-6, the largest entry no
+            longer counts in them.
         strides: one per dimension of the window.
 
     Returns:
@@ -49,7 +50,9 @@ def almost_orthogonal(kernel: Tensor, strides: Sequence[int] = ()) -> Tensor:
     by_inputs = taps.shape[-2] < taps.shape[-1]
     others = tuple(axis for axis in range(rank + 2) if axis != (rank if by_inputs else rank + 1))
     # With the largest entry at 1, no square that matters underflows; the result is the same for every scale.
-    taps = taps / ops.stop_gradient(ops.maximum(ops.max(ops.abs(taps)), _TINY))
+    largest = ops.stop_gradient(ops.max(ops.abs(taps)))
+    scaled = taps / ops.maximum(largest, _SMALLEST)  # the way of the gradient, which grows as kernels shrink
+    taps = ops.stop_gradient(taps / ops.maximum(largest, _TINY)) + (scaled - ops.stop_gradient(scaled))
     norms = ops.sqrt(ops.maximum(ops.sum(ops.square(taps), axis=others, keepdims=True), _SMALLEST**2))
     taps = taps / norms
     s = ops.reshape(norms, (-1,))
@@ -190,6 +193,7 @@ class _Residual(LipschitzLayer, keras.layers.Layer):
         super().__init__(**kwargs)
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.bias_initializer = keras.initializers.get(bias_initializer)
+        self.supports_masking = True
 
     def _add_weights(self, shape, initializer):
         self.unscaled = self.add_weight(name="unscaled", shape=shape, initializer=initializer, autocast=False)

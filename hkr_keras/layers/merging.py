@@ -1,6 +1,8 @@
 """Merging and scaling."""
 
+import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -17,7 +19,7 @@ class LipschitzResidual(keras.layers.Layer):
     """A trainable convex combination of branches: the residual connection that keeps a constant of 1.
 
     `sum_i w_i x_i` with `w = softmax(weights)`. If every branch is 1-Lipschitz in a common input, so is the
-    result, where `keras.layers.Add` would have constant 2.
+    result, where `keras.layers.Add` would have constant 2. Masks go on as in `keras.layers.Add`.
 
     Args:
         **kwargs: of `keras.layers.Layer`.
@@ -36,6 +38,16 @@ class LipschitzResidual(keras.layers.Layer):
     >>> bool(hkr.lipschitz_bound(model) < 1 + 1e-6)
     True
     """
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.supports_masking = True
+
+    def compute_mask(self, inputs: Sequence[Tensor], mask: Sequence[Tensor | None] | None = None) -> Tensor | None:
+        """As in the merging layers of Keras: what counts in some branch counts, if every branch has a mask."""
+        if mask is None or any(each is None for each in mask):
+            return None
+        return functools.reduce(ops.logical_or, mask)
 
     def build(self, input_shape):
         shapes = [tuple(shape) for shape in input_shape if isinstance(shape, (tuple, list))]

@@ -70,12 +70,26 @@ class LayerCentering(keras.layers.Layer):
         return {**super().get_config(), "axis": self.axis, "center": self.center}
 
 
+def _mean_of_steps(inputs: Tensor, axes: tuple[int, ...], mask: Tensor | None) -> Tensor:
+    """The mean over axes, of the steps that a mask `inputs.shape[:-1]` keeps."""
+    if mask is None:
+        return ops.mean(inputs, axis=axes)
+    if len(mask.shape) != len(inputs.shape) - 1:
+        raise ValueError(
+            "Expected a mask with all axes of the inputs but the last. "
+            f"Received: mask.shape={tuple(mask.shape)}, inputs.shape={tuple(inputs.shape)}"
+        )
+    kept = ops.broadcast_to(ops.expand_dims(ops.cast(mask, inputs.dtype), -1), ops.shape(inputs))
+    return ops.sum(inputs * kept, axis=axes) / ops.maximum(ops.sum(kept, axis=axes), 1.0)
+
+
 @registered
 class BatchCentering(keras.layers.Layer):
     """Subtracts the mean of the batch in training and its moving average at inference, then adds a bias.
 
     `keras.layers.BatchNormalization` without the division. At inference it is a translation, constant 1. When a batch
-    is in parts on several replicas, each subtracts the mean of its own part.
+    is in parts on several replicas, each subtracts the mean of its own part. Masked steps do not count in means, and
+    masks go on, as in the layer of Keras.
 
     Args:
         axis: the axis that keeps its own means, usually the channels.
@@ -103,6 +117,7 @@ class BatchCentering(keras.layers.Layer):
         self.axis = axis
         self.momentum = momentum
         self.center = center
+        self.supports_masking = True
 
     def build(self, input_shape):
         size = input_shape[self.axis]
@@ -120,13 +135,13 @@ class BatchCentering(keras.layers.Layer):
             self.bias = self.add_weight(name="bias", shape=(size,), initializer="zeros")
         self.built = True
 
-    def call(self, inputs, training=False):
+    def call(self, inputs, training=False, mask=None):
         rank = len(inputs.shape)
         axis = self.axis % rank
         shape = tuple(-1 if i == axis else 1 for i in range(rank))
         mean = ops.cast(self.moving_mean, inputs.dtype)
         if training and self.trainable:
-            mean = ops.mean(inputs, axis=tuple(i for i in range(rank) if i != axis))
+            mean = _mean_of_steps(inputs, tuple(i for i in range(rank) if i != axis), mask)
             moving = self.moving_mean * self.momentum + ops.cast(mean, self.moving_mean.dtype) * (1 - self.momentum)
             self.moving_mean.assign(moving)
         shift = ops.cast(self.bias, inputs.dtype) - mean if self.center else -mean

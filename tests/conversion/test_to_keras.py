@@ -272,3 +272,15 @@ def test_a_subclass_with_a_forward_pass_of_its_own_is_not_taken_for_its_parent()
     model = keras.Sequential([keras.Input((4,)), Doubled(name="own")])
     with pytest.raises(ValueError, match="Received: Doubled 'own', which overrides call"):
         hkr.to_keras(model)
+
+
+def test_masks_reach_what_reads_them_or_are_refused():
+    def model(*layers):
+        return keras.Sequential([keras.Input(SEQUENCE), K.Masking(name="masking"), L.LipschitzDense(4), *layers])
+
+    x = normal((3, *SEQUENCE))
+    x[:, 4:] = 0
+    kept = model(L.BatchCentering(), L.Scale(2.0), K.GlobalAveragePooling1D())
+    np.testing.assert_allclose(to_numpy(hkr.to_keras(kept)(x)), to_numpy(kept(x)), atol=1e-6)
+    with pytest.raises(ValueError, match=r"Received: masks of masking; pool"):
+        hkr.to_keras(model(L.ScaledGlobalAveragePooling1D(name="pool")))

@@ -128,3 +128,32 @@ def test_householder_is_continuous_for_any_angle(seed):
     assert np.linalg.norm(to_numpy(layer(left)) - to_numpy(layer(right)), axis=1).max() <= 2e-3 * 1.01
     x, z = normal((200, 2), seed), normal((200, 2), seed + 100)
     assert largest_ratio(layer, x, z) <= LIPSCHITZ
+
+
+@pytest.mark.parametrize("make", ACTIVATIONS)
+def test_the_axis_is_that_of_the_data_format_when_it_is_left_out(make):
+    usual = keras.config.image_data_format()
+    try:
+        keras.config.set_image_data_format("channels_first")
+        layer = make(None)
+        x = normal((2, 8, 3, 5))
+        np.testing.assert_allclose(to_numpy(layer(x)), to_numpy(make(1)(x)))
+        vector = make(None)(x[:, :, 0, 0])
+        np.testing.assert_allclose(to_numpy(vector), to_numpy(make(-1)(x[:, :, 0, 0])))
+    finally:
+        keras.config.set_image_data_format(usual)
+    config = layer.get_config()
+    assert config["axis"] == 1  # a file means the same everywhere
+    np.testing.assert_allclose(to_numpy(type(layer).from_config(config)(x)), to_numpy(make(1)(x)))
+    assert make(None).axis == -1
+    assert type(layer).from_config({**config, "axis": -1}).axis == -1  # as stored before
+
+
+def test_a_stored_activation_of_another_layer_comes_back_with_its_weights(tmp_path):
+    model = keras.Sequential([keras.Input((4,)), L.LipschitzDense(6, activation=L.Householder())])
+    (angles,) = (weight for weight in model.weights if weight.name == "angles")  # before the first call
+    angles.assign(normal(angles.shape))
+    model.save(tmp_path / "model.keras")
+    copy = keras.models.load_model(tmp_path / "model.keras")
+    x = normal((5, 4))
+    assert np.array_equal(to_numpy(copy(x)), to_numpy(model(x)))

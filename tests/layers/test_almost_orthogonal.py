@@ -219,3 +219,39 @@ def test_refused_arguments():
         L.SLLConv2D(0, 3)
     with pytest.raises(ValueError, match="Received: kernel_size=2"):
         L.SLLConv2D(4, 2)
+
+
+def silenced(weight, what):
+    """Weights with channels that start at zero, or so small that the square of their gradient would overflow."""
+    weight = weight.copy()
+    if what == "all":
+        weight[...] = 0
+    if what in ("outputs", "both"):
+        weight[..., 0] = 0
+    if what in ("inputs", "both"):
+        weight[..., 0, :] = 0
+    return weight * np.float32({"tiny": 1e-30, "denormal": 1e-42}.get(what, 1.0))
+
+
+@pytest.mark.many
+@pytest.mark.parametrize("what", ["all", "outputs", "inputs", "both", "tiny", "denormal"])
+@pytest.mark.parametrize(("cls", "arguments", "shape"), [*LINEAR[:2], LINEAR[4], *RESIDUAL[:3]], ids=str)
+def test_channels_that_start_at_zero_train(cls, arguments, shape, what):
+    layer = cls(**arguments)
+    model = keras.Sequential([keras.Input(shape), layer, keras.layers.Flatten(), L.LipschitzDense(1)])
+    start = silenced(to_numpy(layer.unscaled, "float32"), what)
+    layer.unscaled.assign(start)
+    model.compile("adam", loss="mse")
+    model.fit(normal((8, *shape)), normal((8, 1), seed=1), epochs=2, batch_size=4, verbose=0)
+    assert all(np.isfinite(to_numpy(weight)).all() for weight in model.weights)
+    zero_is_stationary = cls in (L.SLLDense, L.SLLConv2D) and what in ("all", "denormal")
+    assert zero_is_stationary or not np.array_equal(to_numpy(layer.unscaled, "float32"), start)
+    assert hkr.lipschitz_bound(model) <= 1 + 1e-5
+
+
+def test_a_layer_of_zeros_from_its_initializer_trains():
+    model = keras.Sequential([keras.Input((6,)), L.AOLDense(4, kernel_initializer="zeros"), L.LipschitzDense(1)])
+    model.compile("adam", loss="mse")
+    model.fit(normal((8, 6)), normal((8, 1), seed=1), verbose=0)
+    assert np.isfinite(to_numpy(model.layers[0].unscaled)).all()
+    assert np.abs(to_numpy(model.layers[0].unscaled)).max() > 0

@@ -33,3 +33,17 @@ def test_mixed_precision_of_the_residual():
     x = normal((2, 4))
     outputs = L.LipschitzResidual(dtype="mixed_bfloat16")([x, x])
     assert keras.backend.standardize_dtype(outputs.dtype) == "bfloat16"
+
+
+def test_masks_go_on_as_in_the_sum_of_keras():
+    x = normal((2, 3, 4))
+    x[:, 2] = 0
+    masked, other = keras.layers.Masking()(x), keras.layers.Masking()(x[:, ::-1].copy())
+    inputs = [keras.ops.convert_to_tensor(masked), keras.ops.convert_to_tensor(other)]
+    masks = [np.any(to_numpy(each) != 0, axis=-1) for each in inputs]
+    ours, theirs = L.LipschitzResidual(), keras.layers.Add()
+    for given in (masks, [masks[0], None], [None, None], None):
+        mask, expected = ours.compute_mask(inputs, given), theirs.compute_mask(inputs, given)
+        assert (mask is None) == (expected is None)
+        if mask is not None:
+            assert np.array_equal(keras.ops.convert_to_numpy(mask), keras.ops.convert_to_numpy(expected))

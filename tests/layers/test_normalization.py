@@ -1,5 +1,6 @@
 """Centering against NumPy: a projection, or a shift by a constant."""
 
+import keras
 import numpy as np
 import pytest
 from helpers import check_layer, normal, operator_norm, to_numpy
@@ -60,3 +61,29 @@ def test_batch_centering_has_no_bias_when_told_so():
     layer = L.BatchCentering(center=False)
     layer.build((None, 3))
     assert [weight.name for weight in layer.weights] == ["moving_mean"]
+
+
+@pytest.mark.parametrize("make", [L.BatchCentering, L.LayerCentering, lambda: L.SLLDense(4), lambda: L.Scale(2.0)])
+def test_masks_go_on(make):
+    x = normal((2, 5, 4))
+    x[0, 3:] = x[1, 4:] = 0
+    outputs = []
+    for layers in ([], [make()]):  # the mean of the steps that count, without and with the layer in between
+        model = keras.Sequential([keras.Input((5, 4)), keras.layers.Masking(), *layers])
+        outputs.append((to_numpy(model(x)), to_numpy(keras.layers.GlobalAveragePooling1D()(model(x)))))
+        pooled = keras.Sequential([*model.layers, keras.layers.GlobalAveragePooling1D()])
+        kept = (np.abs(x).sum(axis=-1, keepdims=True) > 0).astype("float32")
+        expected = (outputs[-1][0] * kept).sum(axis=1) / kept.sum(axis=1)
+        np.testing.assert_allclose(to_numpy(pooled(x)), expected, atol=1e-6)
+
+
+def test_masked_steps_do_not_count_in_means_of_a_batch():
+    x = normal((6, 5, 4)) + 3
+    mask = np.random.default_rng(0).uniform(size=(6, 5)) > 0.4
+    layer, theirs = L.BatchCentering(momentum=0.0), keras.layers.BatchNormalization(momentum=0.0, scale=False)
+    outputs = to_numpy(layer(x, training=True, mask=mask))
+    theirs(x, training=True, mask=mask)
+    np.testing.assert_allclose(to_numpy(layer.moving_mean), to_numpy(theirs.moving_mean), atol=1e-5)
+    np.testing.assert_allclose(outputs, x - x[mask].mean(axis=0), atol=1e-5)
+    with pytest.raises(ValueError, match="Received: mask"):
+        layer(x, training=True, mask=mask[0])
