@@ -1,6 +1,7 @@
 """Rows of activations: the largest slope, and rounding where an activation compares and multiplies at most."""
 
 import math
+from collections.abc import Hashable
 from typing import Any
 
 import keras
@@ -14,10 +15,10 @@ from hkr_keras.certification.floating_point import (
     RoundingRule,
     relative,
 )
-from hkr_keras.certification.rules.registry import Shape, bound_of, rule
+from hkr_keras.certification.rules.registry import Shape, bound_of, layer_bound, rule
 from hkr_keras.certification.singular_values import as_float64
 
-__all__ = ["ACTIVATION_BOUNDS", "activation_bound", "check_activation", "is_one_sided", "multiplied"]
+__all__ = ["ACTIVATION_BOUNDS", "activation_bound", "check_activation", "is_one_sided", "monotone_slope", "multiplied"]
 
 _k, _a = keras.layers, keras.activations
 
@@ -64,6 +65,17 @@ ACTIVATION_BOUNDS |= {
 _COMPARISONS = {getattr(module, name) for module in (_a, keras.ops) for name in ("relu", "relu6", "leaky_relu")} | {
     _a.linear
 }
+#: Activation functions of every number by itself that nowhere decrease.
+_MONOTONE = {
+    getattr(module, name)
+    for module in (_a, keras.ops)
+    for name in (
+        *("relu", "relu6", "leaky_relu", "elu", "celu", "selu", "tanh", "hard_tanh", "softplus", "softsign"),
+        *("soft_shrink", "tanh_shrink", "squareplus", "sparse_plus", "log_sigmoid", "sparse_sigmoid", "sigmoid"),
+        "hard_sigmoid",
+    )
+    if hasattr(module, name)
+} | {_a.linear}
 #: Activation functions whose values have one sign.
 _ONE_SIDED = {
     getattr(_a, name)
@@ -115,6 +127,24 @@ def check_activation(layer: Any) -> None:
             "relu6 or leaky_relu; others depend on the mathematical library (or are layers, which belong behind this "
             f"one). Received: {layer.name}.activation={name}"
         )
+
+
+def monotone_slope(activation: Any) -> float | None:
+    """The largest slope of a function of every number by itself that nowhere decreases; `None` for any other.
+
+    Args:
+        activation: a function, a layer that applies one, or `None`.
+    """
+    known = layer_bound.known(type(activation))  # a subclass with a bound of its own may compute anything
+    if known is _k.Activation:
+        activation = activation.activation
+    elif known in (_k.ReLU, _k.LeakyReLU, _k.ELU):
+        lower = activation.alpha if known is _k.ELU else activation.negative_slope
+        return bound_of(activation) if lower is None or lower >= 0 else None
+    if activation is None:
+        return 1.0
+    monotone = isinstance(activation, Hashable) and activation in _MONOTONE
+    return ACTIVATION_BOUNDS[activation] if monotone else None
 
 
 def is_one_sided(layer: Any) -> bool:
