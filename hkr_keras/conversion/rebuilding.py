@@ -101,9 +101,9 @@ def as_run(model: keras.Model) -> keras.Model:
 
 def calls_of(layer: Layer) -> list[list[tuple]]:
     """The shapes of the inputs in every call of a layer, or else the one it was built for; empty without either."""
-    built = build_shape(layer)  # of layers with one input, beside which there may be a mask
-    calls = [inputs if built is None else inputs[:1] for inputs, _ in applications_of(layer)]
-    return [[tuple(tensor.shape) for tensor in inputs] for inputs in calls] or ([] if built is None else [[built]])
+    calls = [[tuple(t.shape) for t in inputs if t.dtype != "bool"] for inputs, _ in applications_of(layer)]  # no masks
+    built = build_shape(layer)
+    return calls or ([] if built is None else [[built]])
 
 
 def operations_of(model: Any) -> list:
