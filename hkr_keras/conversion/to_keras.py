@@ -63,17 +63,18 @@ def to_keras(model: keras.Model, kernels_only: bool = False) -> keras.Model:
     operations = operations_of(model)
     if any(map(_is_followed, operations)):
         model = Rebuilder(_split)(model)
-    rebuilder = Rebuilder(_kernels_only if kernels_only else keras_layers)
-    new = rebuilder(model)
     masking = [o.name for o in operations if isinstance(o, _k.Masking) or getattr(o, "mask_zero", False)]
-    several = [
-        layer.name for layer, found in rebuilder.known.items() if hasattr(layer, "as_keras") and is_model(found[0])
-    ]
-    if masking and several:
-        raise ValueError(
-            "Expected no masks where a layer becomes several ones, which do not all pass a mask on. "
-            f"Received: masks of {', '.join(masking)}; {', '.join(several)}"
-        )
+
+    def stand_ins(layer: Layer) -> StandIns:
+        found, fill = _kernels_only(layer) if kernels_only else keras_layers(layer)
+        if masking and hasattr(layer, "as_keras") and is_model(found[0]):
+            raise ValueError(
+                "Expected no masks where a layer becomes several ones, which do not all pass masks on. Received: masks "
+                f"of {', '.join(masking)}, and {type(layer).__name__} '{layer.name}'"
+            )
+        return found, fill
+
+    new = Rebuilder(stand_ins)(model)
     held = [layer.name for layer in operations_of(new) if not kernels_only and _mentions_us(layer)]
     if held:
         raise ValueError(
