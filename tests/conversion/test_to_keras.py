@@ -282,5 +282,5 @@ def test_masks_reach_what_reads_them_or_are_refused():
     x[:, 4:] = 0
     kept = model(L.BatchCentering(), L.Scale(2.0), K.GlobalAveragePooling1D())
     np.testing.assert_allclose(to_numpy(hkr.to_keras(kept)(x)), to_numpy(kept(x)), atol=1e-6)
-    with pytest.raises(ValueError, match="Received: masks of masking, and Scaled.* 'pool'"):
+    with pytest.raises(ValueError, match=r"Received: masks of masking, and Scaled.* 'pool'"):
         hkr.to_keras(model(L.ScaledGlobalAveragePooling1D(name="pool")))
