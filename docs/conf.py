@@ -1,7 +1,6 @@
 """Sphinx configuration of the documentation site: `make docs`."""
 
 import base64
-import importlib
 import inspect
 import json
 import operator
@@ -12,7 +11,7 @@ import shutil
 os.environ.setdefault("KERAS_BACKEND", "jax")
 
 import hkr_keras
-from hkr_keras import sklearn  # noqa: F401  (documented, though not imported by the package)
+from hkr_keras import sklearn  # not imported by the package
 
 HERE = pathlib.Path(__file__).parent
 
@@ -87,12 +86,13 @@ def link_notebooks(app, docname, source) -> None:
 
 def public_objects() -> dict[str, object]:
     """Public functions and classes of the package, by their full names."""
-    names = {f"hkr_keras.{name}" for name in hkr_keras.__all__ if inspect.ismodule(getattr(hkr_keras, name))}
+    modules = [value for name in hkr_keras.__all__ if inspect.ismodule(value := getattr(hkr_keras, name))]
     found = {}
-    for module in map(importlib.import_module, sorted({*names, "hkr_keras", "hkr_keras.sklearn"})):
-        for name, value in vars(module).items():
-            own = getattr(value, "__module__", "").startswith(module.__name__)
-            if own and callable(value) and not name.startswith("_"):
+    for module in (hkr_keras, sklearn, *modules):
+        for name in getattr(module, "__all__", vars(module)):
+            value = getattr(module, name)
+            is_own = getattr(value, "__module__", "").startswith(module.__name__)
+            if is_own and callable(value) and not name.startswith("_"):
                 found[f"{module.__name__}.{name}"] = value
     return found
 
