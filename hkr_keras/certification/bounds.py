@@ -61,10 +61,11 @@ class AffineTail:
         matrix: `(features, outputs)` float64, W.
         constants: `(inputs of the model,)`, those of the earlier tensor.
         error: bound on the norm of what is wrong with `matrix`, when it is a product.
+        relative: bound on the relative error of what its rows were multiplied by.
     """
 
-    def __init__(self, matrix: np.ndarray, constants: np.ndarray, error: float = 0.0) -> None:
-        self.matrix, self.constants, self.error = matrix, constants, error
+    def __init__(self, matrix: np.ndarray, constants: np.ndarray, error: float = 0.0, relative: float = 0.0) -> None:
+        self.matrix, self.constants, self.error, self.relative = matrix, constants, error, relative
 
     def differences_from(self, column: int) -> np.ndarray:
         """Upper bounds on the distances of all columns from one, `(outputs,)`."""
@@ -74,10 +75,10 @@ class AffineTail:
         """Upper bounds on the norms of the columns, `(outputs,)`."""
         return self._norms(self.matrix, self.error)
 
-    @staticmethod
-    def _norms(columns: np.ndarray, error: float) -> np.ndarray:
+    def _norms(self, columns: np.ndarray, error: float) -> np.ndarray:
         scale = np.maximum(np.abs(columns).max(axis=0), _TINY)  # each by its own: squares of small ones would vanish
-        return (scale * np.linalg.norm(columns / scale, axis=0) + error) * (1 + 4 * len(columns) * MACHINE_EPSILON)
+        lengths = scale * np.linalg.norm(columns / scale, axis=0) + error
+        return lengths * (1 + self.relative) * (1 + 4 * len(columns) * MACHINE_EPSILON)
 
 
 class LipschitzState:
@@ -137,7 +138,7 @@ class LipschitzState:
         """Set when the tensor is a product of an earlier one with a matrix, plus numbers."""
         if not isinstance(self.operator, Matrix) or self.start is None:
             return None
-        return AffineTail(self.operator.matrix, self.start.constants, self.operator.error)
+        return AffineTail(self.operator.matrix, self.start.constants, self.operator.error, self.operator.relative)
 
 
 def state_through(place: Application, states: list[LipschitzState]) -> LipschitzState:
@@ -191,7 +192,7 @@ def _behind(state: LipschitzState, operator: Operator, slope: float | None, one_
     if slope is not None:
         return LipschitzState(lambda: _times(constants(), slope), one_sided=one_sided)
     multiple = None
-    if isinstance(operator, Diagonal) and operator.numbers.size == 1 and operator.error == 0.0:
+    if isinstance(operator, Diagonal) and operator.numbers.size == 1 and operator.relative == 0.0:
         source, factor = state.multiple or (state, 1.0)
         multiple = source, factor * float(operator.numbers.reshape(()))
     return LipschitzState(constants, joined, start, whole is None, one_sided, multiple)

@@ -6,6 +6,7 @@ else. All of that is refused here.
 
 import inspect
 import math
+import numbers
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -29,6 +30,7 @@ __all__ = [
     "check_model_shapes",
     "check_no_hooks",
     "check_numbers",
+    "check_scalars",
     "overridden",
 ]
 
@@ -114,8 +116,8 @@ def check_elementwise(layer: Any, arrays: Iterable[Any], shape: Any) -> None:
         arrays: the numbers, as they are broadcast.
         shape: of the input, with the batch; `None` when unknown.
     """
-    for numbers in arrays:
-        sizes = tuple(np.shape(numbers))
+    for array in arrays:
+        sizes = tuple(np.shape(array))
         if math.prod(sizes) == 1 and (shape is None or len(sizes) <= len(shape)):
             continue
         known = None if shape is None else (None, *shape[1:])  # the batch has any size
@@ -187,6 +189,14 @@ def check_numbers(layer: Any, arrays: Iterable[Any], shape: tuple) -> None:
             )
 
 
+def check_scalars(layer: Any, *names: str) -> None:
+    """Refuses attributes that are no finite numbers: an array in their place would broadcast."""
+    for name in names:
+        value = getattr(layer, name)
+        if value is not None and not (isinstance(value, numbers.Real) and math.isfinite(value)):
+            raise ValueError(f"Expected a finite number. Received: {layer.name}.{name}={value!r}")
+
+
 def check_kernel_layer(layer: Any, shape: Any = None) -> None:
     """Refuses a kernel layer whose bias, groups or channels are not those of its kernel."""
     if getattr(layer, "lora_enabled", False):
@@ -253,9 +263,17 @@ def check_is_plain_model(model: Any, cls: type | None) -> None:
     check_no_hooks(model)
 
 
+def _default_of_training(layer: Any) -> Any:
+    parameter = inspect.signature(layer.call).parameters.get("training")
+    return None if parameter is None else parameter.default
+
+
 def check_arguments(node: Any, model: Any) -> None:
     """Refuses whatever a layer was called with beside its inputs: masks, constants, the training mode."""
-    flat = keras.tree.flatten((node.arguments.args, node.arguments.kwargs))
+    given_names = dict(node.arguments.kwargs)
+    if given_names.get("training") is True and _default_of_training(node.operation) is True:
+        del given_names["training"]  # which Keras wrote down: augmentation is on unless prediction says otherwise
+    flat = keras.tree.flatten((node.arguments.args, given_names))
     other = [value for value in flat if not (isinstance(value, keras.KerasTensor) or value is None or value is False)]
     if other:
         raise ValueError(

@@ -24,7 +24,7 @@ from hkr_keras.certification.checks import (
     check_merge,
     check_model_shapes,
 )
-from hkr_keras.certification.rules.registry import Shape, is_model, merge_bound
+from hkr_keras.certification.rules.registry import Shape, is_model, layer_bound, merge_bound
 
 __all__ = [
     "Application",
@@ -124,7 +124,9 @@ def _walk(
         if len(states) > 1:
             check_is_itself(layer, merge_bound.known(type(layer)))
             check_merge(layer, shapes)
-        output_shape = _output_shape(layer, shapes, promised)
+        hook = layer_bound if len(states) == 1 else merge_bound
+        has_rule = hook.known(type(layer)) is not None  # otherwise it is about to be refused
+        output_shape = _output_shape(layer, shapes, promised) if has_rule else None
         place = Application(layer=layer, shapes=shapes, output_shape=output_shape, path=path)
         return [(apply(place, states), output_shape)]
     runs = model_in_use(layer)
@@ -155,15 +157,14 @@ def _walk_graph(
         check_input_dtype(tensor)
     sizes = [tuple(t.shape) if given is None else tuple(given) for t, given in zip(model.inputs, shapes, strict=True)]
     known = {id(t): pair for t, pair in zip(model.inputs, zip(states, sizes, strict=True), strict=True)}
+    operators: list[Any] = []
     for node in nodes_of(model):
         if node.is_input or not all(id(tensor) in known for tensor in node.input_tensors):
             continue
         layer = node.operation
         if not isinstance(layer, keras.layers.Layer):
-            raise ValueError(
-                "Expected a model made of layers: use keras.layers.Add() and the like in place of operators "
-                f"and keras.ops. Received: operation={type(layer).__name__} '{layer.name}'"
-            )
+            operators.append(layer)  # refused below; a layer that brings one along, as for masks, tells more
+            continue
         check_arguments(node, model)
         pairs = [known[id(tensor)] for tensor in node.input_tensors]
         given = [shape for _, shape in pairs]
@@ -187,4 +188,9 @@ def _walk_graph(
                     f"Received: shape={shape}, where the model '{model.name}' has {promised}"
                 )
             known[id(tensor)] = state, shape
+    if operators and any(id(tensor) not in known for tensor in model.outputs):
+        raise ValueError(
+            "Expected a model made of layers: use keras.layers.Add() and the like in place of operators "
+            f"and keras.ops. Received: operation={type(operators[0]).__name__} '{operators[0].name}'"
+        )
     return [known[id(tensor)] for tensor in model.outputs]

@@ -6,6 +6,7 @@ The norm of `Dense(Normalization(x))` can be far below the product of both norms
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,7 @@ class Diagonal:
 
     Args:
         numbers: float64, one axis for each axis of an input but the batch, of its size or 1; or no axis.
-        error: bound on the absolute error of every number.
+        relative: bound on the relative error of every number.
 
     Example:
 
@@ -44,12 +45,12 @@ class Diagonal:
     """
 
     numbers: np.ndarray
-    error: float = 0.0
+    relative: float = 0.0
 
     @property
     def bound(self) -> float:
         """Upper bound on the norm."""
-        return (_largest(self.numbers) + self.error) * _UP
+        return _largest(self.numbers) * (1 + self.relative) * _UP
 
     def along(self, axis: int) -> np.ndarray | None:
         """The numbers along one axis of an input without the batch, if they depend on nothing else; `(1,)` or more."""
@@ -64,12 +65,13 @@ class Diagonal:
         if isinstance(first, Diagonal):
             if self.numbers.ndim and first.numbers.ndim and self.numbers.ndim != first.numbers.ndim:
                 return None
-            product = self.numbers * first.numbers
-            mine, theirs = _largest(self.numbers), _largest(first.numbers)
-            error = self.error * (theirs + first.error) + first.error * mine + 2 * MACHINE_EPSILON * _largest(product)
-            return Diagonal(product, error * _UP + _TINY)
+            with np.errstate(over="ignore", under="ignore"):
+                product = self.numbers * first.numbers
+            lost = (np.abs(product) < _TINY) & (self.numbers != 0) & (first.numbers != 0)
+            relative = (1 + self.relative) * (1 + first.relative) - 1 + 4 * MACHINE_EPSILON
+            return Diagonal(np.where(lost, _TINY, product), relative * _UP)  # larger numbers than the true ones
         numbers = self.along(-1 if isinstance(first, Matrix) else first.channel_axis)
-        return None if numbers is None else first.scaled(numbers, self.error, outputs=True)
+        return None if numbers is None else first.scaled(numbers, self.relative, outputs=True)
 
     def reshaped(self, shape: Any, new_shape: Any) -> "Diagonal | None":
         """The same numbers for inputs that are reshaped, without the batch; `None` for unknown sizes."""
@@ -77,7 +79,14 @@ class Diagonal:
             return self
         if None in shape or None in new_shape or len(shape) != self.numbers.ndim:
             return None
-        return Diagonal(np.broadcast_to(self.numbers, shape).reshape(new_shape), self.error)
+        return Diagonal(np.broadcast_to(self.numbers, shape).reshape(new_shape), self.relative)
+
+
+@np.errstate(over="ignore", under="ignore", invalid="ignore")
+def _scaled(array: np.ndarray, numbers: np.ndarray) -> tuple[np.ndarray, float]:
+    """Numbers times numbers, and a bound on the Frobenius norm of what rounding makes of it."""
+    product = array * numbers
+    return product, (2 * MACHINE_EPSILON * _length(product) + _TINY * product.size) * _UP
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -87,6 +96,7 @@ class Matrix:
     Args:
         matrix: `(features, outputs)` float64.
         error: bound on the norm of what is wrong with it, when it is a product.
+        relative: bound on the relative error of what its rows were multiplied by.
 
     Example:
 
@@ -96,27 +106,34 @@ class Matrix:
 
     matrix: np.ndarray
     error: float = 0.0
+    relative: float = 0.0
 
     @property
     def bound(self) -> float:
         """Upper bound on the norm."""
-        return (matrix_spectrum(self.matrix).bound + self.error) * _UP
+        return (
+            (_finite(self.matrix, lambda: matrix_spectrum(self.matrix).bound) + self.error) * (1 + self.relative) * _UP
+        )
 
     def after(self, first: "Operator") -> "Operator | None":
         """The operator that computes `first` and then this one."""
         if isinstance(first, Matrix):
             sizes = _length(first.matrix), _length(self.matrix)
             rounding = 4 * len(self.matrix) * MACHINE_EPSILON * sizes[0] * sizes[1] + _TINY * self.matrix.size
-            error = first.error * (sizes[1] + self.error) + self.error * sizes[0] + rounding
-            return Matrix(first.matrix @ self.matrix, error * _UP)
+            mine = self.error + self.relative * (sizes[1] + self.error)
+            error = first.error * (sizes[1] + mine) + mine * sizes[0] + rounding
+            with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+                return Matrix(first.matrix @ self.matrix, error * _UP, first.relative)
         numbers = first.along(-1) if isinstance(first, Diagonal) else None
-        return None if numbers is None else self.scaled(numbers, first.error, outputs=False)
+        return None if numbers is None else self.scaled(numbers, first.relative, outputs=False)
 
-    def scaled(self, numbers: np.ndarray, error: float, outputs: bool) -> "Matrix":
-        """Rows or columns multiplied by numbers with an error."""
-        product = self.matrix * (numbers if outputs else numbers[:, None])
-        rounding = error * (_length(self.matrix) + self.error) + self.error * _largest(numbers)
-        return Matrix(product, (rounding + 2 * MACHINE_EPSILON * _length(product) + _TINY * product.size) * _UP)
+    def scaled(self, numbers: np.ndarray, relative: float, outputs: bool) -> "Matrix":
+        """Rows or columns multiplied by numbers with a relative error."""
+        product, rounding = _scaled(self.matrix, numbers if outputs else numbers[:, None])
+        error = (self.error * _largest(numbers) * (1 + relative) + rounding) * _UP
+        if outputs:  # differences of columns are not as near as the columns
+            return Matrix(product, (error + relative * _length(product)) * _UP, self.relative)
+        return Matrix(product, error, ((1 + self.relative) * (1 + relative) - 1) * _UP)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -131,6 +148,7 @@ class Convolution:
         channel_axis: of the inputs without the batch: 0 or -1.
         padding, sizes: with them, the operator at that image size, which may be smaller than at all sizes.
         error: bound on the norm of what is wrong with the blocks.
+        relative: bound on the relative error of what channels were multiplied by.
         limit: another upper bound on the norm.
     """
 
@@ -142,34 +160,41 @@ class Convolution:
     padding: str | None = None
     sizes: tuple[int | None, ...] | None = None
     error: float = 0.0
+    relative: float = 0.0
     limit: float = math.inf
 
     @property
     def bound(self) -> float:
         """Upper bound on the norm."""
         image = None if self.padding is None or self.sizes is None else (self.padding, self.sizes)
-        found = blocks_bound(self.blocks, self.strides, self.dilation, self.transposed, image)
-        return min((found + self.error) * _UP, self.limit)
+        steps = self.strides, self.dilation
+        found = _finite(self.blocks, lambda: blocks_bound(self.blocks, *steps, self.transposed, image))
+        return min((found + self.error) * (1 + self.relative) * _UP, self.limit)
 
     def after(self, first: "Operator") -> "Operator | None":
         """The operator that computes `first` and then this one."""
         numbers = first.along(self.channel_axis) if isinstance(first, Diagonal) else None
-        return None if numbers is None else self.scaled(numbers, first.error, outputs=False)
+        return None if numbers is None else self.scaled(numbers, first.relative, outputs=False)
 
-    def scaled(self, numbers: np.ndarray, error: float, outputs: bool) -> "Convolution":
-        """Input or output channels multiplied by numbers with an error."""
+    def scaled(self, numbers: np.ndarray, relative: float, outputs: bool) -> "Convolution":
+        """Input or output channels multiplied by numbers with a relative error."""
         count, inputs, channels = self.blocks.shape[-3:]
-        if outputs != self.transposed:  # the last axis of the blocks
-            by = numbers if numbers.size == 1 else numbers.reshape(count, 1, channels)
-        else:
-            by = numbers if numbers.size == 1 else numbers.reshape(count, inputs, 1)
-        product, largest = self.blocks * by, _largest(numbers)
+        shape = (count, 1, channels) if outputs != self.transposed else (count, inputs, 1)
+        product, rounding = _scaled(self.blocks, numbers if numbers.size == 1 else numbers.reshape(shape))
+        largest = _largest(numbers) * (1 + relative)
         gain = math.sqrt(math.prod(self.blocks.shape[:-3]))  # of a kernel of that length, for any stride
-        rounding = error * gain * _length(self.blocks) + self.error * (largest + error)
-        rounding += gain * (2 * MACHINE_EPSILON * _length(product) + _TINY * product.size)
         return dataclasses.replace(
-            self, blocks=product, error=rounding * _UP, limit=self.limit * (largest + error) * _UP
+            self,
+            blocks=product,
+            error=(self.error * largest + gain * rounding) * _UP,
+            relative=((1 + self.relative) * (1 + relative) - 1) * _UP,
+            limit=self.limit * largest * _UP if math.isfinite(self.limit) else math.inf,
         )
+
+
+def _finite(array: np.ndarray, bound: Callable[[], float]) -> float:
+    """A bound on an operator, infinite where its numbers are."""
+    return bound() if np.isfinite(array).all() else math.inf
 
 
 Operator = Diagonal | Matrix | Convolution

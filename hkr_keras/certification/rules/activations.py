@@ -8,7 +8,7 @@ import keras
 import numpy as np
 
 from hkr_keras import layers
-from hkr_keras.certification.checks import check_elementwise, check_numbers
+from hkr_keras.certification.checks import check_elementwise, check_numbers, check_scalars
 from hkr_keras.certification.floating_point import (
     SMALLEST_NORMAL,
     UNIT_ROUNDOFF,
@@ -170,12 +170,23 @@ def _prelu(layer: Any, shape: Shape) -> float:
 
 
 def _relu(layer: Any, shape: Shape) -> float:
+    check_scalars(layer, "negative_slope", "threshold", "max_value")
     if layer.threshold:
         raise ValueError(
             "Expected a continuous activation: a ReLU with a threshold jumps there. "
             f"Received: {layer.name}.threshold={layer.threshold}"
         )
     return max(1.0, abs(layer.negative_slope or 0.0))
+
+
+def _leaky(layer: Any, shape: Shape) -> float:
+    check_scalars(layer, "negative_slope")
+    return max(1.0, abs(float(layer.negative_slope)))
+
+
+def _elu(layer: Any, shape: Shape) -> float:
+    check_scalars(layer, "alpha")
+    return max(1.0, abs(float(layer.alpha)))
 
 
 def _householder(layer: Any, shape: Shape) -> float:
@@ -209,6 +220,6 @@ rule(
 )
 rule(_k.Softmax, bound=0.5)
 rule(_k.ReLU, bound=_relu, rounding=_slope_rounding)
-rule(_k.LeakyReLU, bound=lambda layer, shape: max(1.0, abs(layer.negative_slope)), rounding=_slope_rounding)
+rule(_k.LeakyReLU, bound=_leaky, rounding=_slope_rounding)
 rule(_k.PReLU, bound=_prelu, rounding=_slope_rounding)
-rule(_k.ELU, bound=lambda layer, shape: max(1.0, abs(layer.alpha)))
+rule(_k.ELU, bound=_elu)

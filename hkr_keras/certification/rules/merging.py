@@ -8,7 +8,7 @@ import keras
 import numpy as np
 
 from hkr_keras import layers
-from hkr_keras.certification.checks import check_numbers
+from hkr_keras.certification.checks import check_numbers, check_scalars
 from hkr_keras.certification.floating_point import SMALLEST_NORMAL, Rounding, RoundingRule, accumulated, entries, norms
 from hkr_keras.certification.operators import Diagonal
 from hkr_keras.certification.rules.activations import multiplied
@@ -23,9 +23,17 @@ _k = keras.layers
 def as_stored(numbers: Any) -> Diagonal:
     """Numbers that a layer multiplies by, and how far those are that it computes with: it may round them to float32."""
     exact = np.asarray(numbers, dtype=np.float64)
-    with np.errstate(over="ignore"):
+    if not np.isfinite(exact).all():
+        raise ValueError(f"Expected finite numbers to multiply by. Received: {numbers}")
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore", under="ignore"):
         single = exact.astype(np.float32).astype(np.float64)
-    return Diagonal(exact, float(np.abs(exact - single).max(initial=0.0)) if np.isfinite(single).all() else math.inf)
+        relative = np.where(exact == 0, 0.0, np.abs(single - exact) / np.abs(exact))
+    return Diagonal(exact, float(relative.max(initial=0.0)))
+
+
+def _factor(layer: Any, shape: Shape) -> Diagonal:
+    check_scalars(layer, "k")
+    return as_stored(float(layer.k))
 
 
 def _sum(layer: Any, constants: np.ndarray) -> np.ndarray:
@@ -70,7 +78,7 @@ def _weighted(weights: Callable[[Any, int], tuple[np.ndarray, float]]) -> Callab
 
 rule(
     layers.Scale,
-    tail=lambda layer, shape: as_stored(layer.k),
+    tail=_factor,
     rounding=lambda layer, shape: multiplied(abs(layer.k)),
 )
 merge(

@@ -7,7 +7,7 @@ import keras
 import numpy as np
 
 from hkr_keras import layers
-from hkr_keras.certification.checks import build_shape, check_built, check_elementwise, check_numbers
+from hkr_keras.certification.checks import build_shape, check_built, check_elementwise, check_numbers, check_scalars
 from hkr_keras.certification.floating_point import (
     MACHINE_EPSILON,
     SMALLEST_NORMAL,
@@ -46,7 +46,7 @@ def _rescaling(layer: Any, shape: Shape) -> Diagonal:
     shape = build_shape(layer) if shape is None else shape
     check_elementwise(layer, [scale, offset], shape)
     stored = as_stored(scale)
-    return Diagonal(_aligned(layer, stored.numbers, shape), stored.error)
+    return Diagonal(_aligned(layer, stored.numbers, shape), stored.relative)
 
 
 def _normalization(layer: Any, shape: Shape) -> Diagonal:
@@ -62,7 +62,7 @@ def _normalization(layer: Any, shape: Shape) -> Diagonal:
     deviation = np.sqrt(variance)
     # The root and epsilon are float32 numbers in the end: off by two roundings.
     factor = np.maximum(deviation, smallest) if layer.invert else 1 / np.maximum(deviation, smallest)
-    return Diagonal(_aligned(layer, factor, shape), float(factor.max()) * 4 * UNIT_ROUNDOFF)
+    return Diagonal(_aligned(layer, factor, shape), 4 * UNIT_ROUNDOFF)
 
 
 def _batch_normalization(layer: Any, shape: Shape) -> Diagonal:
@@ -72,6 +72,7 @@ def _batch_normalization(layer: Any, shape: Shape) -> Diagonal:
     arrays += [layer.gamma] if layer.scale else []
     arrays += [layer.beta] if layer.center else []
     check_numbers(layer, arrays, tuple(layer.moving_mean.shape) if shape is None else (shape[layer.axis],))
+    check_scalars(layer, "epsilon")
     variance = as_float64(layer.moving_variance)
     if (variance + layer.epsilon <= 0).any():
         raise ValueError(
@@ -80,11 +81,11 @@ def _batch_normalization(layer: Any, shape: Shape) -> Diagonal:
         )
     gain = as_float64(layer.gamma) if layer.scale else np.ones_like(variance)
     factor = gain / np.sqrt(variance + layer.epsilon)
-    error = 8 * MACHINE_EPSILON * _largest(factor)
     if shape is None:
-        return Diagonal(np.asarray(np.abs(factor).max()), error)
+        return Diagonal(np.asarray(np.abs(factor).max()), 8 * MACHINE_EPSILON)
     axis = layer.axis % len(shape)
-    return Diagonal(factor.reshape(tuple(-1 if i == axis else 1 for i in range(1, len(shape)))), error)
+    numbers = factor.reshape(tuple(-1 if i == axis else 1 for i in range(1, len(shape))))
+    return Diagonal(numbers, 8 * MACHINE_EPSILON)
 
 
 def _centering(layer: Any, shape: Shape) -> float:
