@@ -240,7 +240,7 @@ def _stacked(layer: Any, states: list[LipschitzState]) -> np.ndarray:
 
 def _times(constants: np.ndarray, bound: float) -> np.ndarray:
     """The product, rounded up; that of two tiny constants must not underflow to 0."""
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):  # refused when the constants are asked for
         product = constants * bound * (1 + 2 * MACHINE_EPSILON)
     return np.where((constants > 0) & (bound > 0), np.maximum(product, _TINY), product)
 

@@ -24,6 +24,7 @@ def _largest(array: np.ndarray) -> float:
     return float(np.abs(array).max(initial=0.0))
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def _length(array: np.ndarray) -> float:
     """An upper bound on the Frobenius norm, whose squares neither overflow nor vanish."""
     scale = _largest(array)
