@@ -140,8 +140,8 @@ def lipschitz_summary(model, print_fn: Callable[[str], Any] | None = print, x=No
         results = [layer(arguments if len(arguments) > 1 else arguments[0], **settings) for arguments in _sides(states)]
         found = _ratio(results, [state[1] for state in states])
         sigma_max = math.prod(s.largest for s in spectra) if len(spectra) == 1 else None
-        if sigma_max is not None and getattr(layer, "activation", None) is keras.activations.linear:
-            found = max(found, sigma_max)
+        if sigma_max is not None and isinstance(layer, keras.layers.Dense) and _is_linear(layer):
+            found = max(found, sigma_max)  # that of a convolution is the largest over all sizes of images
         rows.append(
             SummaryRow(
                 layer=layer.name,
@@ -162,6 +162,10 @@ def lipschitz_summary(model, print_fn: Callable[[str], Any] | None = print, x=No
     if print_fn is not None:
         print_fn(str(summary))
     return summary
+
+
+def _is_linear(layer: Any) -> bool:
+    return layer.activation is None or layer.activation is keras.activations.linear
 
 
 def _sides(states) -> list[list]:
