@@ -1,11 +1,13 @@
 """Sphinx configuration of the documentation site: `make docs`."""
 
 import base64
+import functools
 import inspect
 import json
 import operator
 import os
 import pathlib
+import re
 import shutil
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
@@ -38,7 +40,9 @@ suppress_warnings = ["mystnb.unknown_mime_type"]
 default_role = "code"  # docstrings are Markdown: `single backticks` are code
 autodoc_inherit_docstrings = False
 autodoc_member_order = "bysource"
-autodoc_typehints = "none"
+autodoc_typehints = "signature"
+autodoc_typehints_format = "short"
+autodoc_type_aliases = {"Any": "Any"}
 napoleon_custom_sections = ["Reference"]
 napoleon_use_rtype = False
 add_module_names = False
@@ -46,7 +50,26 @@ python_use_unqualified_type_names = True
 
 html_theme = "furo"
 html_title = "hkr_keras"
-html_theme_options = {"top_of_page_buttons": []}
+REPOSITORY = "https://github.com/hkr-keras/hkr_keras"
+OCTOCAT = (
+    "M8 0C3.58 0 0 3.58 0 8c0 3.54 2.29 6.53 5.47 7.59.4.07.55-.17.55-.38 0-.19-.01-.82-.01-1.49-2.01.37-2.53-.49-2.69"
+    "-.94-.09-.23-.48-.94-.82-1.13-.28-.15-.68-.52-.01-.53.63-.01 1.08.58 1.23.82.72 1.21 1.87.87 2.33.66.07-.52.28"
+    "-.87.51-1.07-1.78-.2-3.64-.89-3.64-3.95 0-.87.31-1.59.82-2.15-.08-.2-.36-1.02.08-2.12 0 0 .67-.21 2.2.82.64-.18 "
+    "1.32-.27 2-.27s1.36.09 2 .27c1.53-1.04 2.2-.82 2.2-.82.44 1.1.16 1.92.08 2.12.51.56.82 1.27.82 2.15 0 3.07-1.87 "
+    "3.75-3.65 3.95.29.25.54.73.54 1.48 0 1.07-.01 1.93-.01 2.2 0 .21.15.46.55.38A8.01 8.01 0 0 0 16 8c0-4.42-3.58-8"
+    "-8-8Z"
+)
+html_theme_options = {
+    "top_of_page_buttons": [],
+    "footer_icons": [
+        {
+            "name": "Repository",
+            "url": REPOSITORY,
+            "html": f'<svg viewBox="0 0 16 16" fill="currentColor"><path d="{OCTOCAT}"/></svg>',
+            "class": "",
+        }
+    ],
+}
 html_copy_source = False
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
@@ -56,7 +79,7 @@ copybutton_prompt_is_regexp = True
 
 # ---- notebooks, and a picture of each for the gallery ----------------------------------------------------
 
-PICTURES = {"01": 3, "02": 5, "03": 0, "04": 2, "05": 1, "06": 0, "07": 0, "08": 0}  # which output of a notebook
+PICTURES = {"01": 3, "02": 1, "03": 0, "04": 2, "05": 1, "06": 0, "07": 0, "08": 0}  # which output of a notebook
 
 
 def bring_notebooks() -> None:
@@ -116,8 +139,35 @@ def keras_signature(app, what, name, value, options, signature, returns):
     return (str(inspect.signature(value)), returns) if what == "class" else None
 
 
+@functools.cache
+def references() -> dict[str, str]:
+    """Where the public names lead that docstrings write as `code`: by full name, below the package, and alone."""
+    found: dict[str, str] = {}
+    for full in public_objects():
+        parts = full.split(".")
+        public = f"hkr_keras.{parts[-1]}" if hasattr(hkr_keras, parts[-1]) else full
+        for short in (full, ".".join(parts[1:]), ".".join(parts[-2:]), parts[-1]):
+            found.setdefault(short, public)
+    return found
+
+
+def link_names(app, what, name, value, options, lines) -> None:
+    """Public names in docstrings become links; examples and the object's own name stay as they are."""
+    targets, own = references(), name.rpartition(".")[2]
+
+    def link(match):
+        text = match[1]
+        target = targets.get(text.removeprefix("hkr_keras."))
+        return f":py:obj:`{text} <{target}>`" if target and text.rpartition(".")[2] != own else match[0]
+
+    for i, line in enumerate(lines):
+        if ">>>" not in line:
+            lines[i] = re.sub(r"(?<![:`])`([A-Za-z_][\w.]*)`(?!`)", link, line)
+
+
 def setup(app) -> None:
-    """Connects the three."""
+    """Connects these functions."""
     app.connect("source-read", link_notebooks)
     app.connect("autodoc-process-signature", keras_signature)
+    app.connect("autodoc-process-docstring", link_names)
     app.connect("env-check-consistency", check_coverage)

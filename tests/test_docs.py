@@ -31,7 +31,7 @@ def plain_model():
 
 def names_of_a_page(page, data):
     """What the code of a page takes for granted."""
-    is_about_plain_models = page.stem in ("index", "swap_and_ship")
+    is_about_plain_models = page.stem == "swap_and_ship"
     flat = {"X_train": data.x_train.reshape(-1, 64), "X_test": data.x_test.reshape(-1, 64)}
     arrays = {name: getattr(data, name) for name in ("x_train", "y_train", "x_test", "y_test")}
     model = plain_model() if is_about_plain_models else hkr.models.lipschitz_mlp((8, 8, 1), 10, widths=(32,))
@@ -41,6 +41,7 @@ def names_of_a_page(page, data):
         "math": math,
         "hkr": hkr,
         "model": model,
+        "plain": plain_model(),
         **flat,
         **arrays,
         "x": data.x_train,

@@ -28,7 +28,7 @@ def semidefinite_bound(
 
     Every phi acts on each number by itself, with slopes in [0, s]. With differences `d_i` behind the activations and
     s = 1, `<d_i, T_i (d_{i-1} K_i - d_i)> >= 0` for every diagonal `T_i >= 0`. So `rho |d_0|^2 >= |d_{n-1} K_n|^2`
-    whenever the block tridiagonal matrix of
+    whenever the block tridiagonal matrix of ::
 
         rho |d_0|^2 - |d_{n-1} K_n|^2 - 2 sum_i <d_i, T_i (d_{i-1} K_i - d_i)>
 
