@@ -23,7 +23,7 @@ CONTRACT = {
         "ScaledGlobalAveragePooling1D ScaledGlobalAveragePooling2D InvertibleDownsampling2D InvertibleUpsampling2D "
         "LayerCentering BatchCentering LipschitzResidual Scale "
         "OrthogonalConv1D OrthogonalConv2D OrthogonalConv1DTranspose OrthogonalConv2DTranspose "
-        "AOLDense AOLConv2D SLLDense SLLConv2D LipschitzSimpleRNN"
+        "AOLDense AOLConv2D ReflectorDense SLLDense SLLConv2D LipschitzSimpleRNN"
     ),
     hkr.losses: "KR HingeMargin HKR MulticlassKR MulticlassHinge MulticlassHKR SoftHKR LogSumExpHKR MarginCrossentropy",
     hkr.metrics: "KRDistance CertifiedAccuracy CertifiedRadius",

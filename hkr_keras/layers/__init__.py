@@ -37,6 +37,7 @@ from hkr_keras.layers.pooling import (
     ScaledGlobalAveragePooling2D,
 )
 from hkr_keras.layers.recurrent import LipschitzSimpleRNN
+from hkr_keras.layers.reflectors import ReflectorDense
 
 __all__ = [
     "AOLConv2D",
@@ -71,6 +72,7 @@ __all__ = [
     "OrthogonalConv1DTranspose",
     "OrthogonalConv2D",
     "OrthogonalConv2DTranspose",
+    "ReflectorDense",
     "SLLConv2D",
     "SLLDense",
     "Scale",

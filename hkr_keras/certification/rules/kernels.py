@@ -163,7 +163,7 @@ rule(
 rule(
     *(layers.OrthogonalConv1D, layers.OrthogonalConv2D),
     *(layers.OrthogonalConv1DTranspose, layers.OrthogonalConv2DTranspose),
-    *(layers.AOLDense, layers.AOLConv2D),
+    *(layers.AOLDense, layers.AOLConv2D, layers.ReflectorDense),
     tail=_operator,
     slope=_slope,
     rounding=_composed_rounding,
