@@ -93,11 +93,11 @@ class ReflectorDense(ComposedKernel, keras.layers.Dense):
     """A dense layer whose kernel is a block reflector: orthonormal for every weight, with nothing to project.
 
     The kernel is `I - 2 V (V^T V + eps I)^-1 V^T`, which reflects the range of V, padded with zeros or cut to
-    `(inputs, units)`. Its norm is at most 1 whatever V is, so that any optimizer may move V in any way. A step costs
-    `12 n rank` operations per sample and about `20 n rank^2` for V, in place of the `6 n^2` and `4 n^3` that
-    `LipschitzDense` costs with n inputs and units: for a quarter of n about as much as a plain layer at batch 128, and less above. Inputs
-    behind the first `units` only pass through V, so that a layer that shrinks much, such as the first one, is better a
-    `LipschitzDense`.
+    `(inputs, units)`. Its norm is at most 1 whatever V is, so that any optimizer may move V in any way. With n inputs
+    and units a step costs `12 n rank` operations per sample and about `20 n rank^2` for V, in place of `6 n^2` and
+    `4 n^3` for `LipschitzDense`: for a quarter of n about as much as a plain layer at batch 128, and less above.
+    Inputs behind the first `units` only pass through V, so that a layer that shrinks much, such as the first one, is
+    better a `LipschitzDense`.
 
     Args:
         units: outputs, at least 1.
