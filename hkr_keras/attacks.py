@@ -6,12 +6,13 @@ JAX: there its `Square` attack, which only asks for predictions, works, and `Aut
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar
 
 import keras
 import numpy as np
 from keras import ops
 
-from hkr_keras import margins
+from hkr_keras import _display, margins
 from hkr_keras._backends.gradients import as_function, first_change
 from hkr_keras._validation import number
 from hkr_keras.certification.certificates import Certificate, certify
@@ -44,8 +45,8 @@ class BrokenCertificate(RuntimeError):
         self.distance, self.radius = distance, radius
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Robustness:
+@dataclasses.dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class Robustness(_display.Results):
     """What `evaluate_robustness` found: the robust accuracy lies between `certified` and `attacked`.
 
     Args:
@@ -59,6 +60,8 @@ class Robustness:
         adversarial: `(n, ...)` float32, the changed inputs at these distances; NaN for none.
     """
 
+    _rows: ClassVar[tuple[str, ...]] = ("is_correct", "radius", "distance", "adversarial")
+
     epsilons: np.ndarray
     clean: float
     certified: np.ndarray
@@ -67,6 +70,47 @@ class Robustness:
     radius: np.ndarray
     distance: np.ndarray
     adversarial: np.ndarray
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        epsilons: np.ndarray,
+        is_correct: np.ndarray,
+        radius: np.ndarray,
+        distance: np.ndarray,
+        adversarial: np.ndarray,
+    ) -> "Robustness":
+        """The accuracies that follow from radii and distances."""
+        return cls(
+            epsilons=epsilons,
+            clean=float(is_correct.mean()),
+            certified=np.array([(is_correct & (radius > epsilon)).mean() for epsilon in epsilons]),
+            attacked=np.array([(is_correct & (distance > epsilon)).mean() for epsilon in epsilons]),
+            is_correct=is_correct,
+            radius=radius,
+            distance=distance,
+            adversarial=adversarial,
+        )
+
+    def __getitem__(self, rows: Any) -> "Robustness":
+        part = super().__getitem__(rows)
+        return Robustness.of(epsilons=self.epsilons, **{name: getattr(part, name) for name in self._rows})
+
+    def __repr__(self) -> str:
+        between = ", ".join(
+            f"{low:.1%} to {high:.1%} at {epsilon:g}"
+            for epsilon, low, high in zip(self.epsilons, self.certified, self.attacked, strict=True)
+        )
+        return f"Robustness({len(self)} inputs, clean accuracy {self.clean:.1%}, robust accuracy {between})"
+
+    def _repr_html_(self) -> str:
+        rows = list(zip(self.epsilons, self.certified, self.attacked, strict=True))
+        title = f"Robustness: {len(self)} inputs, clean accuracy {self.clean:.1%}"
+        return _display.html_table(title, ("epsilon", "certified", "attacked"), rows)
+
+    def _columns(self, y: Any = None) -> dict[str, np.ndarray]:
+        return {"correct": self.is_correct, "radius": self.radius, "distance": self.distance}
 
 
 def as_logits(model) -> keras.Model:
@@ -349,15 +393,12 @@ def evaluate_robustness(
                     better = lengths < distance[rows]
                     distance[rows][better], adversarial[rows][better] = lengths[better], points[better]
                 bar.update()
-    return Robustness(
-        np.array(epsilons),
-        float(is_correct.mean()),
-        certificate.curve(y, epsilons),
-        np.array([(is_correct & (distance > epsilon)).mean() for epsilon in epsilons]),
-        is_correct,
-        certificate.radius,
-        distance,
-        adversarial,
+    return Robustness.of(
+        epsilons=np.array(epsilons),
+        is_correct=is_correct,
+        radius=certificate.radius,
+        distance=distance,
+        adversarial=adversarial,
     )
 
 

@@ -106,7 +106,8 @@ def plot_certified_accuracy(
     Example:
 
     >>> import numpy as np, matplotlib; matplotlib.use("Agg")
-    >>> certificate = Certificate(np.array([0.5, 0.1]), np.array([1, 0]), 1.0, 2, "pairwise")
+    >>> kinds = {"bound": 1.0, "classes": 2, "method": "pairwise"}
+    >>> certificate = Certificate(radius=np.array([0.5, 0.1]), prediction=np.array([1, 0]), **kinds)
     >>> plot_certified_accuracy(certificate, [1, 0]).get_xlabel()
     'L2 radius of the perturbation'
     """
@@ -266,7 +267,8 @@ def plot_robustness(robustness: Any, ax: Any = None, largest: float | None = Non
     >>> import numpy as np, matplotlib; matplotlib.use("Agg")
     >>> from hkr_keras.attacks import Robustness
     >>> one = np.ones(1)
-    >>> plot_robustness(Robustness(one, 1.0, one, one, one > 0, one, 2 * one, one[:, None])).get_ylabel()
+    >>> rows = {"is_correct": one > 0, "radius": one, "distance": 2 * one, "adversarial": one[:, None]}
+    >>> plot_robustness(Robustness.of(epsilons=one, **rows)).get_ylabel()
     'accuracy'
     """
     ax = _axes(ax, figsize=(6.4, 4.2))

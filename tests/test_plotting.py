@@ -27,7 +27,9 @@ def robustness():
     right = np.array([True, True, True, False])
     epsilons = np.array([0.15, 0.25])
     certified = np.array([0.5, 0.25])
-    return Robustness(epsilons, 0.75, certified, np.array([0.75, 0.25]), right, radius, distance, radius[:, None])
+    rows = {"is_correct": right, "radius": radius, "distance": distance, "adversarial": radius[:, None]}
+    attacked = np.array([0.75, 0.25])
+    return Robustness(epsilons=epsilons, clean=0.75, certified=certified, attacked=attacked, **rows)
 
 
 def test_both_curves_are_those_of_the_result():

@@ -1,14 +1,18 @@
-"""One compiled program out of a function of tensors.
+"""One compiled program out of a function of tensors, or out of a model.
 
-Imports backends, inside its function: Keras compiles only what its own training and prediction run.
+Imports backends, inside its functions: Keras compiles only what its own training and prediction run.
 """
 
+import weakref
 from collections.abc import Callable
+from typing import Any
 
 import keras
 
+__all__ = ["compiled", "predictor"]
 
-def compiled(function: Callable) -> Callable:
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """A pure function of tensors, or of lists of them, as one program of TensorFlow or JAX; on PyTorch itself.
 
     On PyTorch a program would take seconds to make, and the products of matrices that this package runs outside of
@@ -30,3 +34,40 @@ def compiled(function: Callable) -> Callable:
 
         return jax.jit(function)
     return function
+
+
+def predictor(model: keras.Model) -> Callable[[Any], Any]:
+    """The model at inference as one program, which reads the present weights and does not keep the model alive.
+
+    A program is made once for each shape of the inputs. It is that of the layers and numbers which the model had then:
+    whoever keeps a predictor must make another one when these change.
+
+    Example:
+
+    >>> model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1, kernel_initializer="ones")])
+    >>> predict = predictor(model)
+    >>> keras.ops.convert_to_numpy(predict(keras.ops.ones((1, 2)))).tolist()
+    [[2.0]]
+    """
+    reference, backend = weakref.ref(model), keras.backend.backend()
+
+    def present() -> keras.Model:
+        return reference()
+
+    if backend == "jax":  # variables are read outside, since JAX takes them for constants inside
+        call = compiled(lambda own, others, x: present().stateless_call(own, others, x, training=False)[0])
+
+        def predict(x: Any) -> Any:
+            variables = present().trainable_variables, present().non_trainable_variables
+            return call(*([variable.value for variable in each] for each in variables), x)
+
+        return predict
+    if backend == "torch":
+        import torch
+
+        def without_gradients(x: Any) -> Any:
+            with torch.no_grad():
+                return present()(x, training=False)
+
+        return without_gradients
+    return compiled(lambda x: present()(x, training=False))

@@ -3,14 +3,30 @@
 import dataclasses
 import json
 import math
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
+import keras
 import numpy as np
 
-from hkr_keras import margins
-from hkr_keras.certification.evaluation import ROUNDED_DOWN, check_inputs, evaluate, versions
-from hkr_keras.certification.rounding import norms
+from hkr_keras import _display, margins
+from hkr_keras.certification.evaluation import Evaluation, evaluate, versions
+from hkr_keras.certification.radii import ROUNDED_DOWN
+
+__all__ = [
+    "Certificate",
+    "OutputCertificate",
+    "Report",
+    "TopKCertificate",
+    "Verification",
+    "certify",
+    "certify_outputs",
+    "certify_top_k",
+    "compare",
+]
 
 _NORMS = (1, 2, math.inf)
+_METHODS = ("score", "pairwise", "logits")
 
 _STATEMENT = (
     "For every input: no change of L2 norm below its radius (in the units of the model's input) alters the "
@@ -31,9 +47,46 @@ _DEPLOYED = (
 )
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Certificate:
+def _arithmetic(rigorous: bool) -> str:
+    return "float32 as deployed" if rigorous else "exact arithmetic"
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """A table of certified accuracies: `str(report)`, `print(report)`, or the last line of a notebook cell.
+
+    Args:
+        header: names of the columns.
+        rows: one for all inputs together, then one for each class.
+
+    Example:
+
+    >>> print(Report(("class", "inputs"), (("all", 3),)))
+    class  inputs
+    all         3
+    """
+
+    header: tuple[str, ...]
+    rows: tuple[tuple[Any, ...], ...]
+
+    def __str__(self) -> str:
+        return _display.text_table(self.header, self.rows)
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return _display.html_table("Certified accuracy", self.header, self.rows)
+
+    def to_dict(self) -> list[dict[str, Any]]:
+        """One dictionary for each row."""
+        return [dict(zip(self.header, row, strict=True)) for row in self.rows]
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class Certificate(_display.Results):
     """What `certify` proved.
+
+    `len(certificate)` is the number of inputs, `certificate[10:20]` the part about some of them.
 
     Args:
         radius: `(n,)` float64, L2 distance in input units below which the prediction cannot change. 0 for a tie.
@@ -43,15 +96,22 @@ class Certificate:
         method: `"score"`, `"pairwise"` or `"logits"`, see `certify`.
         rigorous: whether the radii cover the rounding of the deployed network.
         dimension: numbers in one input, for radii in other norms than L2; `None` when unknown.
-        model: `model_hash` of the model; `None` when unknown.
+        model_hash: `hash_of_model` of the model; `None` when unknown.
         versions: of this package, Keras, NumPy and the backend, and the precision of the model.
+        labels: classes that came with the inputs, `(n,)` integers; `None` without. Where a method wants labels, these
+            are taken when it is given none.
 
     Example:
 
-    >>> certificate = Certificate(np.array([0.5, 0.1]), np.array([1, 0]), 1.0, 2, "pairwise")
+    >>> radius, prediction = np.array([0.5, 0.1]), np.array([1, 0])
+    >>> certificate = Certificate(radius=radius, prediction=prediction, bound=1.0, classes=2, method="pairwise")
+    >>> certificate
+    Certificate(2 inputs, 2 classes, bound 1.0000, median radius 0.3, exact arithmetic)
     >>> certificate.accuracy([1, 0], epsilon=0.25)
     0.5
     """
+
+    _rows: ClassVar[tuple[str, ...]] = ("radius", "prediction", "labels")
 
     radius: np.ndarray
     prediction: np.ndarray
@@ -60,15 +120,40 @@ class Certificate:
     method: str
     rigorous: bool = False
     dimension: int | None = None
-    model: str | None = None
+    model_hash: str | None = None
     versions: dict[str, str] = dataclasses.field(default_factory=versions)
+    labels: np.ndarray | None = None
 
-    def is_correct(self, y) -> np.ndarray:
-        """Which predictions match the labels, `(n,)` booleans. Labels `(n,)`, `(n, 1)` or one-hot."""
-        labels = margins.class_indices(y, self.classes)
+    def __repr__(self) -> str:
+        kind = "one score" if self.classes == 1 else f"{self.classes} classes"
+        median = f"median radius {np.median(self.radius):.3g}, " if len(self) else ""
+        return f"Certificate({len(self)} inputs, {kind}, bound {self.bound:.4f}, {median}{_arithmetic(self.rigorous)})"
+
+    def _repr_html_(self) -> str:
+        finite = self.radius[np.isfinite(self.radius)]
+        distances = np.linspace(0.0, float(np.quantile(finite, 0.99)) if len(finite) else 1.0, 60)
+        counted = np.ones(len(self), dtype=bool) if self.labels is None else self.is_correct()
+        shares = np.array([(counted & (self.radius > distance)).mean() for distance in distances])
+        name = "unchangeable predictions" if self.labels is None else "certified accuracy"
+        return _display.html_table(repr(self), (), (), _display.curve(distances, shares, name) if len(self) else "")
+
+    def _columns(self, y: Any = None) -> dict[str, np.ndarray]:
+        columns = {"prediction": self.prediction, "radius": self.radius}
+        if y is None and self.labels is None:
+            return columns
+        return {"label": self._labels(y), **columns, "correct": self.is_correct(y)}
+
+    def _labels(self, y: Any) -> np.ndarray:
+        if y is None and self.labels is None:
+            raise ValueError("Expected labels, since none came with the inputs. Received: y=None")
+        labels = margins.class_indices(self.labels if y is None else y, self.classes)
         if len(labels) != len(self.radius):
             raise ValueError(f"Expected {len(self.radius)} labels, one per input. Received: len(y)={len(labels)}")
-        return labels == self.prediction
+        return labels
+
+    def is_correct(self, y: Any = None) -> np.ndarray:
+        """Which predictions match the labels, `(n,)` booleans. Labels `(n,)`, `(n, 1)` or one-hot."""
+        return self._labels(y) == self.prediction
 
     def radius_in(self, norm: float = 2) -> np.ndarray:
         """Radii in the L1, L2 or L-infinity norm, `(n,)`.
@@ -84,7 +169,8 @@ class Certificate:
 
         Example:
 
-        >>> certificate = Certificate(np.array([0.5]), np.array([1]), 1.0, 2, "pairwise", dimension=4)
+        >>> kinds = {"bound": 1.0, "classes": 2, "method": "pairwise", "dimension": 4}
+        >>> certificate = Certificate(radius=np.array([0.5]), prediction=np.array([1]), **kinds)
         >>> float(certificate.radius_in(math.inf)[0].round(6))
         0.25
         """
@@ -96,13 +182,18 @@ class Certificate:
             raise ValueError("Expected a certificate that knows the dimension of the inputs. Received: dimension=None")
         return self.radius / math.sqrt(self.dimension) * ROUNDED_DOWN
 
-    def accuracy(self, y, epsilon: float | None = None, norm: float = 2) -> float:
+    def accuracy(
+        self, y: Any = None, epsilon: float | Sequence[float] | np.ndarray | None = None, norm: float = 2
+    ) -> Any:
         """Share of inputs that are classified correctly and, given an epsilon, whose radius is above it.
 
         Args:
-            y: labels `(n,)`, `(n, 1)` or one-hot.
-            epsilon: distance in input units, at least 0; `None` for clean accuracy.
+            y: labels `(n,)`, `(n, 1)` or one-hot; `None` for those that came with the inputs.
+            epsilon: distance in input units, at least 0; `None` for clean accuracy; or several distances.
             norm: in which the distance is measured: 1, 2 or `math.inf`.
+
+        Returns:
+            A float; for several distances an array of them.
 
         Raises:
             ValueError: for labels of another shape or length, or a negative epsilon.
@@ -110,25 +201,54 @@ class Certificate:
         correct = self.is_correct(y)
         if epsilon is None:
             return float(correct.mean())
-        _check_epsilon(epsilon)
-        return float((correct & (self.radius_in(norm) > epsilon)).mean())
+        epsilons = [_check_epsilon(value) for value in np.ravel(np.asarray(epsilon, dtype=np.float64))]
+        radius = self.radius_in(norm)
+        shares = np.array([(correct & (radius > value)).mean() for value in epsilons])
+        return float(shares[0]) if np.ndim(epsilon) == 0 else shares
 
-    def mean_radius(self, y, norm: float = 2) -> float:
+    def mean_radius(self, y: Any = None, norm: float = 2) -> float:
         """Mean certified radius; a wrong prediction counts as 0."""
         return float(np.where(self.is_correct(y), self.radius_in(norm), 0.0).mean())
 
-    def curve(self, y, epsilons, norm: float = 2) -> np.ndarray:
+    def curve(self, y: Any, epsilons: Sequence[float] | np.ndarray, norm: float = 2) -> np.ndarray:
         """Certified accuracy at each epsilon, `(len(epsilons),)`."""
-        return np.array([self.accuracy(y, float(epsilon), norm) for epsilon in epsilons])
+        return self.accuracy(y, np.ravel(np.asarray(epsilons, dtype=np.float64)), norm)
+
+    def report(self, y: Any = None, epsilons: Sequence[float] = (0.1, 0.25, 0.5)) -> Report:
+        """Clean and certified accuracy and radii, of all inputs together and of each class.
+
+        Args:
+            y: labels, as in `accuracy`.
+            epsilons: L2 distances in input units.
+
+        Example:
+
+        >>> kinds = {"bound": 1.0, "classes": 2, "method": "pairwise"}
+        >>> certificate = Certificate(radius=np.array([0.5, 0.1]), prediction=np.array([1, 0]), **kinds)
+        >>> print(certificate.report([1, 0], epsilons=[0.25]))
+        class  inputs  clean  at 0.25  mean radius
+        all         2      1      0.5          0.3
+        0           1      1        0          0.1
+        1           1      1        1          0.5
+        """
+        labels = self._labels(y)
+        rows = []
+        for name in ("all", *np.unique(labels).tolist()):
+            part = self if name == "all" else self[labels == name]
+            own = labels if name == "all" else labels[labels == name]
+            shares = part.accuracy(own, list(epsilons)).tolist()
+            rows.append((str(name), len(part), part.accuracy(own), *shares, part.mean_radius(own)))
+        header = ("class", "inputs", "clean", *(f"at {epsilon:g}" for epsilon in epsilons), "mean radius")
+        return Report(header, tuple(rows))
 
     @property
     def assumptions(self) -> tuple[str, ...]:
         """What the radii rest on, in words."""
         return _DEPLOYED if self.rigorous else _EXACT
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """Plain Python values, with versions, and the statement and its assumptions in words."""
-        return {
+        values = {
             "statement": _STATEMENT + " ".join(self.assumptions),
             "assumptions": list(self.assumptions),
             "rigorous": self.rigorous,
@@ -137,11 +257,12 @@ class Certificate:
             "classes": self.classes,
             "method": self.method,
             "dimension": self.dimension,
-            "model_sha256": self.model,
+            "model_sha256": self.model_hash,
             "versions": self.versions,
             "prediction": self.prediction.tolist(),
             "radius": self.radius.tolist(),
         }
+        return values if self.labels is None else {**values, "labels": self._labels(None).tolist()}
 
     def to_json(self) -> str:
         """`to_dict` as JSON; an infinite radius (two logits with a constant difference) is null."""
@@ -158,43 +279,24 @@ class Certificate:
 
         Example:
 
-        >>> certificate = Certificate(np.array([0.5]), np.array([1]), 1.0, 2, "pairwise")
+        >>> kinds = {"bound": 1.0, "classes": 2, "method": "pairwise"}
+        >>> certificate = Certificate(radius=np.array([0.5]), prediction=np.array([1]), **kinds)
         >>> float(Certificate.from_json(certificate.to_json()).radius[0])
         0.5
         """
         try:
-            stored = json.loads(text)
-            dimension = stored.get("dimension")
-            if not all(type(label) is int for label in stored["prediction"]):
-                raise ValueError("predictions are integers")
-            if dimension is not None and (type(dimension) is not int or dimension < 1):
-                raise ValueError("the dimension is a positive integer")
-            certificate = cls(
-                np.array([math.inf if radius is None else radius for radius in stored["radius"]], dtype=np.float64),
-                np.asarray(stored["prediction"], dtype=np.int64),
-                float(stored["bound"]),
-                int(stored["classes"]),
-                str(stored["method"]),
-                stored.get("rigorous", False) is True,
-                dimension,
-                stored.get("model_sha256"),
-                {str(name): str(version) for name, version in stored["versions"].items()},
-            )
-            shapes = {certificate.radius.shape, certificate.prediction.shape}
-            if shapes != {(len(certificate.radius),)} or not (certificate.radius >= 0).all():
-                raise ValueError("one radius of at least 0 for every prediction")
-            return certificate
+            return cls(**_read(json.loads(text, parse_constant=_refuse)))
         except (ArithmeticError, AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
             raise ValueError(f"Expected the JSON text of a certificate. Received: text={str(text)[:80]!r}") from error
 
-    def verify(self, model, x, batch_size: int = 128, verbose="auto") -> "Verification":
+    def verify(self, model: keras.Model, x: Any, batch_size: int = 128, verbose: Any = "auto") -> "Verification":
         """Certifies again and compares: the model, the predictions, and that no stored radius is too large.
 
-        Radii are compared up to 0.1 %, and a millionth of the length of the input and of the largest radius, since
-        another backend or batch size rounds the outputs otherwise.
+        A radius may be larger by 0.01 %, and by a millionth of the length of its input and of the distance that its
+        outputs are worth, since another backend or batch size rounds the outputs otherwise.
 
         Args:
-            model, x: what the certificate is said to be about.
+            model, x: what the certificate is said to be about; x as for `certify`.
             batch_size, verbose: as in `certify`.
 
         Returns:
@@ -209,27 +311,84 @@ class Certificate:
         >>> bool(certificate.verify(model, x, verbose=0)), bool(certificate.verify(model, -x, verbose=0))
         (True, False)
         """
-        again, differences = certify(model, x, batch_size, verbose, self.rigorous), []
-        if self.model is not None and self.model != again.model:
-            differences.append(f"model: expected {self.model}, found {again.model}")
-        if len(again.radius) != len(self.radius):
-            differences.append(f"inputs: expected {len(self.radius)}, found {len(again.radius)}")
-            return Verification(tuple(differences))
-        if self.dimension is not None and self.dimension != again.dimension:
-            differences.append(f"dimension: expected {self.dimension}, found {again.dimension}")
-        if (self.classes, self.method) != (again.classes, again.method):
-            differences.append(f"method: expected {self.method}, found {again.method}")
-        if not self.bound >= again.bound * (1 - 1e-9):
-            differences.append(f"bound: expected {self.bound}, found {again.bound}")
-        for index in np.flatnonzero(self.prediction != again.prediction)[:3]:
-            pair = self.prediction[index], again.prediction[index]
-            differences.append(f"prediction of input {index}: expected {pair[0]}, found {pair[1]}")
-        finite = again.radius[np.isfinite(again.radius)]
-        lengths = np.sqrt(sum(np.square(norms(array)) for array in check_inputs(model, x)))
-        allowed = again.radius * 1.001 + 1e-6 * (lengths + finite.max(initial=0.0))
-        for index in np.flatnonzero(self.radius > allowed)[:3]:
-            differences.append(f"radius of input {index}: expected {self.radius[index]}, found {again.radius[index]}")
-        return Verification(tuple(differences))
+        return Verification(tuple(compare(self, model, x, batch_size, verbose)))
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"a finite number instead of {constant}")
+
+
+def _check(condition: Any, wanted: str) -> None:
+    if not condition:
+        raise ValueError(wanted)
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _read(stored: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a `Certificate`, each of its own type and range.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError: for whatever is not as `to_json` writes it.
+    """
+    classes, bound, method, rigorous = (stored[name] for name in ("classes", "bound", "method", "rigorous"))
+    dimension, model_hash, labels = (stored.get(name) for name in ("dimension", "model_sha256", "labels"))
+    _check(stored["norm"] == "L2", "radii in the L2 norm")
+    _check(type(classes) is int and classes >= 1, "a number of classes")
+    _check(_is_number(bound) and bound > 0, "a positive bound")
+    _check(method in _METHODS and (method == "score") == (classes == 1), "a method that fits the number of classes")
+    _check(type(rigorous) is bool, "true or false")
+    _check(dimension is None or (type(dimension) is int and dimension >= 1), "a positive dimension")
+    _check(model_hash is None or (len(model_hash) == 64 and int(model_hash, 16) >= 0), "a hash")
+    _check(all(isinstance(version, str) for version in stored["versions"].values()), "versions in words")
+    _check(isinstance(stored["prediction"], list) and isinstance(stored["radius"], list), "lists")
+    _check(len(stored["prediction"]) == len(stored["radius"]), "one radius for every prediction")
+    for values in (stored["prediction"], labels or []):
+        _check(all(type(label) is int and 0 <= label < max(classes, 2) for label in values), "classes")
+    _check(all(radius is None or (_is_number(radius) and radius >= 0) for radius in stored["radius"]), "radii")
+    _check(labels is None or (isinstance(labels, list) and len(labels) == len(stored["radius"])), "labels")
+    return {
+        "radius": np.array([math.inf if radius is None else radius for radius in stored["radius"]], dtype=np.float64),
+        "prediction": np.array(stored["prediction"], dtype=np.int64),
+        "labels": None if labels is None else np.array(labels, dtype=np.int64),
+        "bound": float(bound),
+        "classes": classes,
+        "method": method,
+        "rigorous": rigorous,
+        "dimension": dimension,
+        "model_hash": model_hash,
+        "versions": stored["versions"],
+    }
+
+
+def compare(stored: Certificate, model: keras.Model, x: Any, batch_size: int = 128, verbose: Any = 0) -> list[str]:
+    """What a stored certificate says of a model and its inputs, and a new one does not, in words.
+
+    Args: as `Certificate.verify`.
+    """
+    again, scales = _certified(model, x, batch_size, verbose, stored.rigorous)
+    slack, differences = 1e-6 * scales, []
+    if stored.model_hash is not None and stored.model_hash != again.model_hash:
+        differences.append(f"model: expected {stored.model_hash}, found {again.model_hash}")
+    if len(again) != len(stored):
+        return [*differences, f"inputs: expected {len(stored)}, found {len(again)}"]
+    if stored.dimension is not None and stored.dimension != again.dimension:
+        differences.append(f"dimension: expected {stored.dimension}, found {again.dimension}")
+    if (stored.classes, stored.method) != (again.classes, again.method):
+        differences.append(f"method: expected {stored.method}, found {again.method}")
+    if not stored.bound >= again.bound * (1 - 1e-9):
+        differences.append(f"bound: expected {stored.bound}, found {again.bound}")
+    if stored.labels is not None and again.labels is not None and (stored._labels(None) != again._labels(None)).any():
+        differences.append("labels: expected those that came with the inputs, found others")
+    decided = np.maximum(stored.radius, again.radius) > slack  # a tie may fall either way on another machine
+    for index in np.flatnonzero((stored.prediction != again.prediction) & decided)[:3]:
+        pair = stored.prediction[index], again.prediction[index]
+        differences.append(f"prediction of input {index}: expected {pair[0]}, found {pair[1]}")
+    for index in np.flatnonzero(~(stored.radius <= again.radius * 1.0001 + slack))[:3]:
+        differences.append(f"radius of input {index}: expected {stored.radius[index]}, found {again.radius[index]}")
+    return differences
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,12 +401,15 @@ class Verification:
         return not self.differences
 
 
-def _check_epsilon(epsilon) -> None:
+def _check_epsilon(epsilon: Any) -> float:
     if not 0 <= epsilon < math.inf:
         raise ValueError(f"Expected a finite distance of at least 0. Received: epsilon={epsilon}")
+    return float(epsilon)
 
 
-def certify(model, x, batch_size: int = 128, verbose="auto", rigorous: bool = False) -> Certificate:
+def certify(
+    model: keras.Model, x: Any, batch_size: int = 128, verbose: Any = "auto", rigorous: bool = False
+) -> Certificate:
     """Proves for every input a radius within which the predicted class cannot change.
 
     With L the proven constant of the model (`lipschitz_bound`, float64, from the stored weights):
@@ -265,19 +427,21 @@ def certify(model, x, batch_size: int = 128, verbose="auto", rigorous: bool = Fa
     Args:
         model: a built Sequential or functional model with one output `(n, 1)` or `(n, classes)`: raw scores or
             logits. Several inputs count as one long vector.
-        x: input array (or list or dict of arrays), in the units in which the radii shall hold.
-        batch_size: inputs per batch; activations of one batch at a time are held in memory.
-        verbose: as in `keras.Model.predict`.
+        x: inputs, in the units in which the radii shall hold: an array, tensor or list (a list or dictionary of them
+            for several inputs), or what yields batches of them, with or without labels: `tf.data.Dataset`,
+            `keras.utils.PyDataset`, PyTorch `DataLoader`, a generator. Labels are kept in the certificate.
+        batch_size: inputs per batch of an array; data and activations of one batch at a time are held in memory.
+        verbose: 0 for silence, 1 or `"auto"` for a progress bar.
         rigorous: whether to cover the rounding of the float32 network.
 
     Returns:
         A `Certificate` with `radius`, `prediction` and `bound`.
 
     Raises:
-        ValueError: for an empty or non-finite x, weights or logits that are not finite, float16 or bfloat16
-            layers, a constant model, a binary model that ends in a sigmoid (its score has no sign), a layer
-            without a known bound; under `rigorous=True` also for subnormal weights, layers whose rounding is not
-            known, and a machine that computes products in reduced precision.
+        ValueError: for an empty or non-finite x, weights or logits that are not finite, inputs or layers of float16
+            or bfloat16 (or a global `floatx` of that kind), a constant model, a binary model that ends in a sigmoid
+            (its score has no sign), a layer without a known bound; under `rigorous=True` also for subnormal weights,
+            layers whose rounding is not known, and a machine that computes products in reduced precision.
 
     Example:
 
@@ -291,36 +455,50 @@ def certify(model, x, batch_size: int = 128, verbose="auto", rigorous: bool = Fa
         Serrurier et al., CVPR 2021 (binary); Tsuzuku et al., NeurIPS 2018 (arXiv 1802.04034), section 4; arXiv
         2603.13334 for the rounding.
     """
+    return _certified(model, x, batch_size, verbose, rigorous)[0]
+
+
+def _certified(
+    model: keras.Model, x: Any, batch_size: int, verbose: Any, rigorous: bool
+) -> tuple[Certificate, np.ndarray]:
+    """The certificate, and how far each input and its outputs are from 0, in units of the input."""
     found = evaluate(model, x, batch_size, verbose, rigorous)
     if found.outputs.ndim not in (1, 2):
         raise ValueError(f"Expected outputs of shape (n, 1) or (n, classes). Received: shape={found.outputs.shape}")
     if found.state.constant == 0.0:
         raise ValueError("Expected a model that depends on its input. Received: a model with Lipschitz constant 0")
+    if found.is_score and found.state.one_sided:
+        raise ValueError(
+            "Expected a raw score, whose sign is the class: remove the final activation. "
+            f"Received: model '{model.name}', whose single output cannot change its sign"
+        )
+    prediction, radius, method = _decided(found)
+    classes = 1 if found.is_score else found.outputs.shape[1]
+    certificate = Certificate(
+        radius=radius,
+        prediction=prediction,
+        bound=found.state.constant,
+        classes=classes,
+        method=method,
+        labels=None if found.labels is None else margins.class_indices(found.labels, classes),
+        **found.identity,
+    )
+    outputs = np.abs(found.outputs).reshape(len(radius), -1).max(axis=1)
+    return certificate, found.lengths + outputs / found.state.constant
+
+
+def _decided(found: Evaluation) -> tuple[np.ndarray, np.ndarray, str]:
     if found.is_score:
-        if found.one_sided:
-            raise ValueError(
-                "Expected a raw score, whose sign is the class: remove the final activation. "
-                f"Received: model '{model.name}', whose single output cannot change its sign"
-            )
-        scores = found.outputs.reshape(-1)
-        margin = np.where(scores > 0, 1, -1) * found.centre.reshape(-1)
-        radius = found.radii(margin[:, None], *found.of_outputs())[:, 0]
-        return _certificate(found, radius, (scores > 0).astype(np.int64), 1, "score")
-    radius = np.empty(len(found.outputs))
-    prediction = found.outputs.argmax(axis=1)
+        return (found.outputs.reshape(-1) > 0).astype(np.int64), found.score_radii(), "score"
+    prediction, radius = found.outputs.argmax(axis=1), np.empty(len(found.outputs))
     for label in np.unique(prediction):
         chosen = prediction == label
         radius[chosen] = found.rival_radii(label, chosen).min(axis=1)
-    method = "logits" if found.state.tail is None else "pairwise"
-    return _certificate(found, radius, prediction, found.outputs.shape[1], method)
+    return prediction, radius, "logits" if found.state.tail is None else "pairwise"
 
 
-def _certificate(found, radius, prediction, classes: int, method: str) -> Certificate:
-    return Certificate(radius, prediction, found.state.constant, classes, method, **found.identity)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class TopKCertificate:
+@dataclasses.dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class TopKCertificate(_display.Results):
     """What `certify_top_k` proved.
 
     Args:
@@ -328,23 +506,58 @@ class TopKCertificate:
         k: how many classes count.
         bound: proven Lipschitz constant of the whole model.
         rigorous: whether the radii cover the rounding of the deployed network.
+        labels: that came with the inputs, or `None`.
     """
+
+    _rows: ClassVar[tuple[str, ...]] = ("radius", "labels")
 
     radius: np.ndarray
     k: int
     bound: float
     rigorous: bool
+    labels: np.ndarray | None = None
 
-    def accuracy(self, y, epsilon: float = 0.0) -> float:
-        """Share of inputs whose true class provably stays among the k largest within an L2 distance of epsilon."""
-        _check_epsilon(epsilon)
-        labels = margins.class_indices(y, self.radius.shape[1])
+    def __repr__(self) -> str:
+        return (
+            f"TopKCertificate({len(self)} inputs, {self.radius.shape[1]} classes, k={self.k}, bound {self.bound:.4f}, "
+            f"{_arithmetic(self.rigorous)})"
+        )
+
+    def _repr_html_(self) -> str:
+        return _display.html_table(repr(self), (), ())
+
+    def _columns(self, y: Any = None) -> dict[str, np.ndarray]:
+        columns = {f"radius_{label}": radius for label, radius in enumerate(self.radius.T)}
+        return columns if y is None and self.labels is None else {"label": self._labels(y), **columns}
+
+    def _labels(self, y: Any) -> np.ndarray:
+        if y is None and self.labels is None:
+            raise ValueError("Expected labels, since none came with the inputs. Received: y=None")
+        labels = margins.class_indices(self.labels if y is None else y, self.radius.shape[1])
         if len(labels) != len(self.radius):
             raise ValueError(f"Expected {len(self.radius)} labels, one per input. Received: len(y)={len(labels)}")
-        return float((self.radius[np.arange(len(labels)), labels] > epsilon).mean())
+        return labels
+
+    def accuracy(self, y: Any = None, epsilon: float | Sequence[float] = 0.0) -> Any:
+        """Share of inputs whose true class provably stays among the k largest within an L2 distance of epsilon.
+
+        Args:
+            y: labels `(n,)`, `(n, 1)` or one-hot; `None` for those that came with the inputs.
+            epsilon: distance in input units, at least 0, or several.
+
+        Returns:
+            A float; for several distances an array of them.
+        """
+        labels = self._labels(y)
+        own = self.radius[np.arange(len(labels)), labels]
+        epsilons = [_check_epsilon(value) for value in np.ravel(np.asarray(epsilon, dtype=np.float64))]
+        shares = np.array([(own > value).mean() for value in epsilons])
+        return float(shares[0]) if np.ndim(epsilon) == 0 else shares
 
 
-def certify_top_k(model, x, k: int, batch_size: int = 128, verbose="auto", rigorous: bool = False) -> TopKCertificate:
+def certify_top_k(
+    model: keras.Model, x: Any, k: int, batch_size: int = 128, verbose: Any = "auto", rigorous: bool = False
+) -> TopKCertificate:
     """Proves for every input and class a radius within which the class stays among the k largest logits.
 
     At most k - 1 rivals can be in front of a class within the k-th smallest of its pairwise radii.
@@ -366,18 +579,18 @@ def certify_top_k(model, x, k: int, batch_size: int = 128, verbose="auto", rigor
     """
     found = evaluate(model, x, batch_size, verbose, rigorous)
     classes = found.outputs.shape[-1]
-    if found.outputs.ndim != 2 or not 1 <= k < classes:
+    if found.outputs.ndim != 2 or not isinstance(k, (int, np.integer)) or not 1 <= k < classes:
         raise ValueError(
             "Expected logits of shape (n, classes), and k of at least 1 and below the number of classes. "
             f"Received: k={k}, shape={found.outputs.shape}"
         )
     everyone = np.ones(len(found.outputs), dtype=bool)
     radius = np.stack([np.sort(found.rival_radii(label, everyone), axis=1)[:, k - 1] for label in range(classes)], 1)
-    return TopKCertificate(radius, k, found.state.constant, rigorous)
+    return TopKCertificate(radius=radius, k=k, bound=found.state.constant, rigorous=rigorous, labels=found.labels)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class OutputCertificate:
+@dataclasses.dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class OutputCertificate(_display.Results):
     """What `certify_outputs` proved: every output stays between `lower` and `upper`.
 
     Args:
@@ -386,7 +599,10 @@ class OutputCertificate:
         epsilon: L2 distance in input units.
         bound: proven Lipschitz constant of the whole model.
         rigorous: whether the intervals cover the rounding of the deployed network.
+        labels: targets or labels that came with the inputs, or `None`.
     """
+
+    _rows: ClassVar[tuple[str, ...]] = ("value", "lower", "upper", "labels")
 
     value: np.ndarray
     lower: np.ndarray
@@ -394,27 +610,52 @@ class OutputCertificate:
     epsilon: float
     bound: float
     rigorous: bool
+    labels: np.ndarray | None = None
 
-    def contain(self, targets) -> np.ndarray:
-        """Which targets, of the shape of the outputs, lie within their interval."""
-        targets = np.asarray(targets, dtype=np.float64).reshape(self.value.shape)
+    def __repr__(self) -> str:
+        shape = "x".join(map(str, self.value.shape[1:])) or "1"
+        return (
+            f"OutputCertificate({len(self)} inputs, {shape} outputs, epsilon {self.epsilon:g}, bound {self.bound:.4f}, "
+            f"{_arithmetic(self.rigorous)})"
+        )
+
+    def _repr_html_(self) -> str:
+        return _display.html_table(repr(self), (), ())
+
+    def _columns(self, y: Any = None) -> dict[str, np.ndarray]:
+        flat = {name: getattr(self, name).reshape(len(self), -1) for name in ("value", "lower", "upper")}
+        several = flat["value"].shape[1] > 1
+        return {
+            f"{name}_{i}" if several else name: column
+            for name, values in flat.items()
+            for i, column in enumerate(values.T)
+        }
+
+    def contain(self, targets: Any = None) -> np.ndarray:
+        """Which targets, of the shape of the outputs, lie within their interval; `None` for those of the data."""
+        if targets is None and self.labels is None:
+            raise ValueError("Expected targets, since none came with the inputs. Received: targets=None")
+        targets = np.asarray(self.labels if targets is None else targets, dtype=np.float64).reshape(self.value.shape)
         return (self.lower <= targets) & (targets <= self.upper)
 
-    def auroc(self, y) -> float:
+    def auroc(self, y: Any = None) -> float:
         """Certified area under the ROC curve of a score: what is left when every input is moved for the worse.
 
         The share of pairs of a positive and a negative input whose scores cannot change their order; ties count
         as lost. At `epsilon=0` this is the usual area, but for ties.
 
         Args:
-            y: labels {0, 1} or {-1, +1}, `(n,)` or `(n, 1)`; both classes must occur.
+            y: labels {0, 1} or {-1, +1}, `(n,)` or `(n, 1)`; both classes must occur. `None` for those that came with
+                the inputs.
 
         Raises:
             ValueError: for several outputs, wrong labels, or a single class.
         """
         if self.value.size != len(self.value):
             raise ValueError(f"Expected one score per input. Received: outputs of shape {self.value.shape}")
-        positive = margins.class_indices(y, classes=1).astype(bool)
+        if y is None and self.labels is None:
+            raise ValueError("Expected labels, since none came with the inputs. Received: y=None")
+        positive = margins.class_indices(self.labels if y is None else y, classes=1).astype(bool)
         if len(positive) != len(self.value) or positive.all() or not positive.any():
             raise ValueError(
                 "Expected one label per input, of both classes. "
@@ -425,7 +666,7 @@ class OutputCertificate:
 
 
 def certify_outputs(
-    model, x, epsilon: float, batch_size: int = 128, verbose="auto", rigorous: bool = False
+    model: keras.Model, x: Any, epsilon: float, batch_size: int = 128, verbose: Any = "auto", rigorous: bool = False
 ) -> OutputCertificate:
     """Proves how far every output can move when the input moves by at most epsilon: regression, scores, AUROC.
 
@@ -461,4 +702,12 @@ def certify_outputs(
     sizes = len(found.outputs), math.prod(found.outputs.shape[1:])
     width = np.broadcast_to(width / ROUNDED_DOWN, sizes).reshape(found.outputs.shape)
     lower, upper = found.centre - width, found.centre + width
-    return OutputCertificate(found.outputs, lower, upper, epsilon, found.state.constant, rigorous)
+    return OutputCertificate(
+        value=found.outputs,
+        lower=lower,
+        upper=upper,
+        epsilon=epsilon,
+        bound=found.state.constant,
+        rigorous=rigorous,
+        labels=found.labels,
+    )

@@ -16,8 +16,8 @@ import rich.table
 from keras import ops
 
 from hkr_keras.certification import bounds
+from hkr_keras.certification.batches import check_inputs
 from hkr_keras.certification.bounds import LipschitzState
-from hkr_keras.certification.evaluation import check_inputs
 from hkr_keras.certification.graph import walk
 from hkr_keras.certification.singular_values import kernel_spectrum
 from hkr_keras.geometry import kernel_geometries

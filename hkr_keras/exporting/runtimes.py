@@ -1,222 +1,157 @@
-"""Shipping: the plain Keras model as SavedModel, ONNX or LiteRT, and beside it what turns its outputs into radii."""
+"""Shipping: the plain Keras model as SavedModel, ONNX or LiteRT, and the file in its own runtime."""
 
 import dataclasses
-import hashlib
-import json
-import math
 import pathlib
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import keras
 import numpy as np
 
 from hkr_keras.certification import bounds
-from hkr_keras.certification.certificates import Certificate, Verification, certify
-from hkr_keras.certification.evaluation import ROUNDED_DOWN, distance_moved, model_hash, versions
+from hkr_keras.certification.batches import check_inputs, to_float32
+from hkr_keras.certification.certificates import Certificate, Verification, certify, compare
+from hkr_keras.certification.evaluation import hash_of_model, versions
+from hkr_keras.certification.prediction import Predictor
 from hkr_keras.conversion.to_keras import to_keras
+from hkr_keras.exporting.certificate import FORMATS, ExportedCertificate, certificate_path, constants, file_hash
 
-FORMATS = ("tf_saved_model", "onnx", "litert")
-_STORED_CONSTANTS = 1 + 1e-6  # constants of poolings and scalings are rounded to float32 in the file
+__all__ = ["ExportedModel", "export", "load"]
 
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class ExportedCertificate:
-    """What turns the outputs of an exported file into radii: constants, and what the file is about.
-
-    Args:
-        distances: `(classes, classes)` float64: how far `f_i - f_j` moves at most per unit of L2 distance at the
-            input; `(1, 1)` for a single score, how far the score itself moves.
-        bound: proven Lipschitz constant of the whole model.
-        method: `"score"`, `"pairwise"` or `"logits"`, see `hkr_keras.certify`.
-        inputs: name, shape and dtype of every input.
-        preprocessing: what was done to the data before they were given to the model, in words. Radii are in the units
-            after that.
-        format: of the file, one of `tf_saved_model`, `onnx`, `litert`.
-        sha256: of the file, or of the files of a folder.
-        model: `model_hash` of the model that was exported.
-        versions: of this package, Keras, NumPy and the backend.
-
-    Example:
-
-    >>> certificate = ExportedCertificate(np.array([[0.0, 2.0], [2.0, 0.0]]), 1.5, "pairwise")
-    >>> certificate.of_outputs(np.array([[3.0, 1.0]])).radius.round(6).tolist()
-    [1.0]
-    """
-
-    distances: np.ndarray
-    bound: float
-    method: str
-    inputs: tuple[dict[str, Any], ...] = ()
-    preprocessing: str | None = None
-    format: str | None = None
-    sha256: str | None = None
-    model: str | None = None
-    versions: dict[str, str] = dataclasses.field(default_factory=versions)
-
-    def of_outputs(self, outputs) -> Certificate:
-        """Predictions and radii for outputs `(n, classes)` or `(n, 1)` of the file.
-
-        Raises:
-            ValueError: for outputs of another shape, or NaN and infinite ones.
-        """
-        outputs = np.asarray(outputs, dtype=np.float64)
-        classes = len(self.distances)
-        if outputs.ndim != 2 or outputs.shape[1] != classes or not np.isfinite(outputs).all():
-            raise ValueError(f"Expected finite outputs of shape (n, {classes}). Received: shape={outputs.shape}")
-        if classes == 1:
-            prediction = (outputs[:, 0] > 0).astype(np.int64)
-            radius = np.abs(outputs[:, 0]) / self.distances[0, 0]
-        else:
-            prediction = outputs.argmax(axis=1)
-            rows = np.arange(len(outputs))
-            margins = outputs[rows, prediction][:, None] - outputs
-            with np.errstate(divide="ignore", invalid="ignore"):
-                radii = np.where(margins > 0, margins / self.distances[prediction], 0.0)
-            radii[rows, prediction] = math.inf
-            radius = radii.min(axis=1)
-        sizes = [size for each in self.inputs for size in each["shape"][1:]]
-        dimension = math.prod(sizes) if len(self.inputs) == 1 and None not in sizes else None
-        radius = radius * ROUNDED_DOWN
-        return Certificate(radius, prediction, self.bound, classes, self.method, False, dimension, self.model)
-
-    def to_json(self) -> str:
-        """All fields, and what the radii mean in words."""
-        values = dataclasses.asdict(self)
-        statement = (
-            "For logits f with f_i the largest: no change of the input of L2 norm below the smallest of "
-            "(f_i - f_j) / distances[i][j] alters the predicted class. For a single score f: |f| / distances[0][0]. "
-            "The network is the one of exact arithmetic; rounding is not covered."
-        )
-        values |= {"statement": statement, "norm": "L2", "distances": self.distances.tolist()}
-        return json.dumps(values, indent=1, allow_nan=False)
-
-    @classmethod
-    def from_json(cls, text: str) -> "ExportedCertificate":
-        """Reads what `to_json` wrote.
-
-        Raises:
-            ValueError: for anything else.
-
-        Example:
-
-        >>> certificate = ExportedCertificate(np.array([[2.0]]), 2.0, "score")
-        >>> float(ExportedCertificate.from_json(certificate.to_json()).distances[0, 0])
-        2.0
-        """
-        try:
-            stored = {name: value for name, value in json.loads(text).items() if name != "statement"}
-            if stored.pop("norm") != "L2":
-                raise ValueError("radii in the L2 norm")
-            distances = np.array(stored.pop("distances"), dtype=np.float64)
-            positive = distances[~np.eye(len(distances), dtype=bool)] if len(distances) > 1 else distances
-            if distances.shape != (len(distances),) * 2 or not (positive >= 0).all() or not stored["bound"] > 0:
-                raise ValueError("a square of constants and a positive bound")
-            sizes = [size for each in stored["inputs"] for size in each["shape"]]
-            words = [stored[name] for name in ("method", "preprocessing", "format", "sha256", "model")]
-            right = all(isinstance(s, int | None) for s in sizes) and all(isinstance(w, str | None) for w in words)
-            if not right:
-                raise ValueError("shapes of integers, a method and hashes")
-            return cls(distances, **{**stored, "inputs": tuple(stored["inputs"])})
-        except (AttributeError, KeyError, TypeError, ValueError) as error:  # whatever is not as it was written
-            raise ValueError(f"Expected the certificate of an exported file. Received: {str(text)[:80]!r}") from error
+_SUFFIXES = {".onnx": "onnx", ".tflite": "litert", "": "tf_saved_model"}
+_HARMLESS = ("opset_version", "verbose")  # options of `keras.Model.export` that do not touch what is computed
+_EXTRA = "pip install 'hkr_keras[export]'"
 
 
-def certificate_path(path) -> pathlib.Path:
-    """Where the certificate of an exported file lies: beside it, `.certificate.json` appended.
-
-    Example:
-
-    >>> certificate_path("net.onnx").name
-    'net.onnx.certificate.json'
-    """
-    path = pathlib.Path(path)
-    return path.with_name(path.name + ".certificate.json")
-
-
-def export(model, path, format: str = "tf_saved_model", preprocessing: str | None = None, **kwargs):
+def export(
+    model: keras.Model, path: Any, format: str | None = None, preprocessing: str | None = None, **kwargs: Any
+) -> ExportedCertificate:
     """Writes a model as a file that needs neither this package nor Keras, and beside it `<path>.certificate.json`.
 
     The file holds `to_keras(model)`. With the constants in the certificate, `(f_i - f_j) / distances[i][j]` is all that
-    it takes to certify a prediction where the file runs.
+    it takes to certify a prediction where the file runs. The file is run before its certificate is written: outputs
+    that are not those of the model are refused.
 
     Args:
-        model: a built model with one output, logits or a raw score, as for `hkr_keras.certify`.
-        path: of the file, ending in `.onnx` for ONNX and `.tflite` for LiteRT; for `tf_saved_model` a folder.
-        format: `"tf_saved_model"`, `"onnx"` or `"litert"`. With the extra `export`, Keras writes all three with
-            TensorFlow, ONNX with PyTorch and `tf_saved_model` with JAX; other pairs may want packages that it names.
+        model: a built model with one output, logits or a raw score, and float32 inputs, as for `hkr_keras.certify`.
+        path: of the file, which tells the format: `.onnx`, `.tflite` (LiteRT), or no suffix for the folder of a
+            TensorFlow SavedModel.
+        format: `"tf_saved_model"`, `"onnx"` or `"litert"`, where the path shall not tell it. With the extra `export`,
+            Keras writes all three with TensorFlow, ONNX with PyTorch and `tf_saved_model` with JAX; other pairs may
+            want packages that it names.
         preprocessing: what was done to the data before they were given to the model, in words, such as
             `"pixels / 255"`.
-        **kwargs: of `keras.Model.export`.
+        **kwargs: `verbose` and `opset_version` of `keras.Model.export`. Others may change the function, as
+            quantization does, and are refused.
 
     Returns:
         The `ExportedCertificate`.
 
     Raises:
-        ValueError: as `certify` and `to_keras`; for another format.
-        ImportError: from Keras, which names the package that it wants.
+        ValueError: as `certify` and `to_keras`; for a path and a format that do not fit, other options, or a file whose
+            outputs are not those of the model.
+        ImportError: without the packages of the extra `export`.
 
     Example:
 
     >>> import tempfile, hkr_keras as hkr
     >>> model = hkr.models.lipschitz_mlp((4,), 3, widths=(8,))
-    >>> export(model, tempfile.mkdtemp() + "/net", "keras")
+    >>> export(model, "net.onnx", "litert")
     Traceback (most recent call last):
-    ValueError: Expected one of tf_saved_model, onnx, litert. Received: format=keras
+    ValueError: Expected a path that ends in .tflite for litert. Received: path=net.onnx
     """
-    if format not in FORMATS:
-        raise ValueError(f"Expected one of {', '.join(FORMATS)}. Received: format={format}")
     path = pathlib.Path(path)
-    probe = [np.zeros([size or 8 for size in (1, *t.shape[1:])], "float32") for t in bounds.model_inputs(model)]
-    checked = certify(model, probe if len(probe) > 1 else probe[0], verbose=0)  # refuses what has no certificate
-    plain = to_keras(model)
-    plain(probe if len(probe) > 1 else probe[0])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # third parties' own business
-        plain.export(str(path), format=format, **{"verbose": False, **kwargs})
+    format = _format(path, format)
+    if unknown := sorted(set(kwargs) - set(_HARMLESS)):
+        raise ValueError(
+            "Expected options that leave the function as it is, since the constants are those of the model: "
+            f"{', '.join(_HARMLESS)}. Received: {', '.join(unknown)}"
+        )
+    probes = _probes(model)
+    checked = certify(model, probes[0] if len(probes) == 1 else probes, verbose=0)  # refuses what has no certificate
+    wrong = [tensor.dtype for tensor in model.inputs if tensor.dtype != "float32"]
+    if wrong:
+        raise ValueError(f"Expected float32 inputs. Received: model '{model.name}' with inputs of {', '.join(wrong)}")
+    distances, bound = constants(model, checked.classes)
     certificate = ExportedCertificate(
-        _distances(model, checked.classes),
-        checked.bound * _STORED_CONSTANTS,
-        checked.method,
-        _inputs(model),
-        preprocessing,
-        format,
-        file_hash(path),
-        model_hash(model),
-        versions(model),
+        distances=distances,
+        bound=bound,
+        method=checked.method,
+        inputs=_inputs(model),
+        preprocessing=preprocessing,
+        format=format,
+        model_hash=hash_of_model(model),
+        versions=versions(model),
     )
+    plain = to_keras(model)
+    plain(probes if len(probes) > 1 else probes[0])
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # third parties' own business
+            plain.export(str(path), format=format, **{"verbose": False, **kwargs})
+    except ImportError as error:
+        raise ImportError(f"Exports to {format} need more packages: {_EXTRA}. {error}") from error
+    if difference := _difference(model, ExportedModel(path, certificate), probes, bound):
+        raise ValueError(
+            "Expected a file whose outputs are those of the model, up to the rounding of float32. Received: outputs "
+            f"that {difference}, path={path}"
+        )
+    certificate = dataclasses.replace(certificate, sha256=file_hash(path))
     certificate_path(path).write_text(certificate.to_json())
     return certificate
 
 
-def _inputs(model) -> tuple[dict[str, Any], ...]:
+def _format(path: pathlib.Path, format: str | None) -> str:
+    """The format that a path stands for, which the one asked for must be.
+
+    A folder may have any name but those of files of the other formats.
+    """
+    told = _SUFFIXES.get(path.suffix.lower())
+    if format is None:
+        if told is None:
+            raise ValueError(f"Expected a path ending in .onnx or .tflite, or a folder. Received: path={path}")
+        return told
+    if format not in FORMATS:
+        raise ValueError(f"Expected one of {', '.join(FORMATS)}. Received: format={format}")
+    if told != format and not (told is None and format == "tf_saved_model"):
+        suffix = next(suffix for suffix, own in _SUFFIXES.items() if own == format)
+        wanted = f"a path that ends in {suffix} for {format}" if suffix else f"the path of a folder for {format}"
+        raise ValueError(f"Expected {wanted}. Received: path={path}")
+    return format
+
+
+def _probes(model: keras.Model) -> list[np.ndarray]:
+    """Inputs at which a file is compared with its model: 0, and noise of four sizes."""
+    rng = np.random.default_rng(0)
+    scales = np.repeat([0.0, 0.01, 0.3, 1.0, 10.0], [1, 4, 8, 8, 4])
+    found = []
+    for tensor in bounds.model_inputs(model):
+        sizes = [size or 8 for size in tensor.shape[1:]]
+        noise = rng.normal(size=(len(scales), *sizes)) * scales.reshape(-1, *[1] * len(sizes))
+        noise[1::2] = np.abs(noise[1::2])  # as pixels are
+        found.append(noise.astype("float32"))
+    return found
+
+
+def _difference(model: keras.Model, file: "ExportedModel", probes: list[np.ndarray], bound: float) -> str | None:
+    """How outputs of the file differ from those of its model, if by more than float32 rounds on the way."""
+    mine, theirs = Predictor(model, 128)(probes), file.predict(probes).astype(np.float64)
+    theirs = theirs.reshape(mine.shape)
+    rows = len(mine)
+    lengths = np.sqrt(sum(np.square(probe.reshape(rows, -1)).sum(axis=1) for probe in probes))
+    sizes = np.abs(mine).reshape(rows, -1).max(axis=1)
+    layers = 1 + len(list(keras.tree.flatten(model.layers)))
+    allowed = layers * (2.0**-18 * np.maximum(sizes, sizes[0]) + 2.0**-21 * bound * lengths)
+    difference = np.abs(mine - theirs).reshape(rows, -1).max(axis=1)
+    if (difference <= allowed).all():
+        return None
+    worst = int(np.nan_to_num(difference - allowed, nan=np.inf).argmax())
+    return f"differ by {difference[worst]:.3g} where {allowed[worst]:.3g} is allowed"
+
+
+def _inputs(model: keras.Model) -> tuple[dict[str, Any], ...]:
     return tuple({"name": t.name, "shape": list(t.shape), "dtype": t.dtype} for t in model.inputs)
-
-
-def _distances(model, classes: int) -> np.ndarray:
-    """How far the difference of two logits, or the score, moves per unit."""
-    (state,) = bounds.model_states(model)
-    tail = state.tail
-    if tail is None:
-        distances = (
-            np.array([[state.constant]]) if classes == 1 else math.sqrt(2) * state.constant * (1 - np.eye(classes))
-        )
-    else:
-        before = bounds.LipschitzState(tail.constants).constant
-        rows = [tail.lengths()] if classes == 1 else [tail.differences_from(label) for label in range(classes)]
-        distances = np.minimum(before * np.stack(rows), state.constant if classes == 1 else math.inf)
-    return distances * _STORED_CONSTANTS
-
-
-def file_hash(path) -> str:
-    """SHA-256 of a file, or of the names and contents of all files of a folder, as hexadecimal digits."""
-    path = pathlib.Path(path)
-    if path.is_file():
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    digest = hashlib.sha256()
-    for file in sorted(file for file in path.rglob("*") if file.is_file()):
-        digest.update(f"{file.relative_to(path).as_posix()}:{file_hash(file)}\n".encode())
-    return digest.hexdigest()
 
 
 class ExportedModel:
@@ -227,63 +162,55 @@ class ExportedModel:
         certificate: what `export` wrote beside it.
     """
 
-    def __init__(self, path, certificate: ExportedCertificate):
+    def __init__(self, path: Any, certificate: ExportedCertificate):
         self.path = pathlib.Path(path)
         self.certificate = certificate
-        self._run = _RUNTIMES[str(certificate.format)](self.path)
+        try:
+            self._run = _RUNTIMES[str(certificate.format)](self.path)
+        except ImportError as error:
+            raise ImportError(f"Running {certificate.format} files needs more packages: {_EXTRA}. {error}") from error
 
-    def predict(self, x) -> np.ndarray:
+    def predict(self, x: Any) -> np.ndarray:
         """Outputs of the file for a batch of inputs, float32 arrays (a list of them for several inputs)."""
         arrays = x if isinstance(x, (list, tuple)) else [x]
         return np.asarray(self._run([np.asarray(array, dtype=np.float32) for array in arrays]))
 
-    def certify(self, x) -> Certificate:
+    def certify(self, x: Any) -> Certificate:
         """Predictions and radii, from the outputs of the file and the constants of its certificate.
 
         An input that float32 does not hold exactly loses the distance by which it is rounded.
         """
-        found = self.certificate.of_outputs(self.predict(x))
-        moved = distance_moved([np.asarray(array) for array in (x if isinstance(x, (list, tuple)) else [x])])
-        return dataclasses.replace(found, radius=np.maximum(found.radius - moved, 0.0))
+        singles, moved = to_float32([np.asarray(array) for array in (x if isinstance(x, (list, tuple)) else [x])])
+        outputs = self.predict(singles)
+        return self.certificate.of_outputs(outputs.reshape(len(outputs), -1), moved)
 
-    def verify(self, model, x, tolerance: float = 1e-5) -> Verification:
-        """Certifies with the model and with the file, and compares.
+    def verify(self, model: keras.Model, x: Any) -> Verification:
+        """Certifies with the model and with the file, and compares, as `Certificate.verify` does.
 
         What only tells of the making (`preprocessing`, `versions`) is not compared: a model does not know of it.
 
         Args:
             model: that the file is said to be made of.
-            x: inputs on which both are run.
-            tolerance: by how much outputs and radii may differ, relative to the largest of them.
+            x: inputs on which both are run, arrays as for `certify`.
 
         Returns:
             A `Verification`: true, or false with its `differences` in words.
         """
-        mine, differences = certify(model, x, verbose=0), []
-        if self.certificate.model != model_hash(model):
-            differences.append(f"model: expected {self.certificate.model}, found {model_hash(model)}")
+        arrays, _ = to_float32(check_inputs(model, x))
+        differences = compare(self.certify(arrays), model, arrays if len(arrays) > 1 else arrays[0])
         if list(self.certificate.inputs) != list(_inputs(model)):
             differences.append(f"inputs: expected {self.certificate.inputs}, found {_inputs(model)}")
-        if self.certificate.method != mine.method:
-            differences.append(f"method: expected {self.certificate.method}, found {mine.method}")
-        smaller = self.certificate.distances < _distances(model, mine.classes) * (1 - 1e-9)
-        if self.certificate.distances.shape != smaller.shape or smaller.any() or self.certificate.bound < mine.bound:
+        distances, bound = constants(model, len(self.certificate.distances))
+        mine = self.certificate
+        large = mine.distances.shape == distances.shape and (mine.distances >= distances * (1 - 1e-9)).all()
+        if not (large and mine.bound >= bound * (1 - 1e-9)):
             differences.append("constants: those of the certificate are smaller than those of the model")
-        outputs = keras.ops.convert_to_numpy(model.predict(x, verbose=0)).reshape(len(mine.radius), -1)
-        off = np.abs(self.predict(x) - outputs).max()
-        if not off <= tolerance * max(np.abs(outputs).max(), 1.0):
-            differences.append(f"outputs: the file's differ by up to {off:.3g}")
-        theirs = self.certify(x)
-        changed = np.flatnonzero(theirs.prediction != mine.prediction)
-        if (mine.radius[changed] > tolerance).any():
-            differences.append(f"predictions: {len(changed)} differ, the first at input {changed[0]}")
-        far = np.abs(theirs.radius - mine.radius) > tolerance * max(mine.radius.max(), 1.0)
-        if far.any():
-            differences.append(f"radii: {far.sum()} differ, the first at input {np.flatnonzero(far)[0]}")
+        if difference := _difference(model, self, arrays, bound):
+            differences.append(f"outputs: those of the file and the model {difference}")
         return Verification(tuple(differences))
 
 
-def load(path) -> ExportedModel:
+def load(path: Any) -> ExportedModel:
     """Opens an exported file in its runtime (onnxruntime, LiteRT or TensorFlow) with its certificate.
 
     Args:
@@ -303,7 +230,10 @@ def load(path) -> ExportedModel:
     return ExportedModel(path, certificate)
 
 
-def _onnx(path):
+_Run = Callable[[list[np.ndarray]], Any]
+
+
+def _onnx(path: pathlib.Path) -> _Run:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path))
@@ -311,12 +241,12 @@ def _onnx(path):
     return lambda arrays: session.run(None, dict(zip(names, arrays, strict=True)))[0]
 
 
-def _litert(path):
+def _litert(path: pathlib.Path) -> _Run:
     from ai_edge_litert.interpreter import Interpreter
 
     interpreter = Interpreter(model_path=str(path))
 
-    def run(arrays):
+    def run(arrays: list[np.ndarray]) -> Any:
         details = interpreter.get_input_details()
         for detail, array in zip(details, arrays, strict=True):
             interpreter.resize_tensor_input(detail["index"], array.shape)
@@ -329,7 +259,7 @@ def _litert(path):
     return run
 
 
-def _saved_model(path):
+def _saved_model(path: pathlib.Path) -> _Run:
     import tensorflow  # the runtime of such files, whatever the backend
 
     module = tensorflow.saved_model.load(str(path))

@@ -231,9 +231,14 @@ PREDICTION = np.array([0, 1, 2, 1, 0])
 LABELS = np.array([0, 1, 2, 1, 2])
 
 
+def of_numbers(radius=RADIUS, prediction=PREDICTION, **fields):
+    fields = {"bound": 1.0, "classes": 3, "method": "pairwise", **fields}
+    return Certificate(radius=np.array(radius), prediction=np.array(prediction), **fields)
+
+
 @pytest.mark.parametrize("labels", [LABELS, LABELS[:, None], np.eye(3)[LABELS], LABELS.tolist()])
 def test_numbers(labels):
-    certificate = Certificate(RADIUS, PREDICTION, 1.0, 3, "pairwise")
+    certificate = of_numbers()
     assert certificate.accuracy(labels) == 4 / 5
     epsilons = [0.0, 0.2499, 0.25, 0.6, 1.0]
     shares = [3 / 5, 3 / 5, 2 / 5, 1 / 5, 0.0]
@@ -243,7 +248,7 @@ def test_numbers(labels):
 
 
 def test_numbers_of_a_score():
-    certificate = Certificate(np.array([0.5, 0.25, 2.0]), np.array([1, 0, 1]), 1.0, 1, "score")
+    certificate = of_numbers([0.5, 0.25, 2.0], [1, 0, 1], classes=1, method="score")
     for labels in ([1, 0, 0], [1, -1, -1], [[True], [False], [False]]):
         assert certificate.accuracy(labels) == 2 / 3
         assert certificate.accuracy(labels, 0.25) == 1 / 3
@@ -253,12 +258,12 @@ def test_numbers_of_a_score():
 @pytest.mark.parametrize("labels", [[0, 1], [0, 1, 2, 1, 3], [[0, 1]] * 5, np.zeros((5, 1, 1)), [0.5] * 5, 1])
 def test_wrong_labels(labels):
     with pytest.raises(ValueError, match=r"Expected .*labels.* Received: "):
-        Certificate(RADIUS, PREDICTION, 1.0, 3, "pairwise").accuracy(labels)
+        of_numbers().accuracy(labels)
 
 
 @pytest.mark.parametrize("epsilon", [-0.1, math.nan, math.inf])
 def test_wrong_epsilon(epsilon):
-    certificate = Certificate(RADIUS, PREDICTION, 1.0, 3, "pairwise")
+    certificate = of_numbers()
     with pytest.raises(ValueError, match=f"Received: epsilon={epsilon}"):
         certificate.accuracy(LABELS, epsilon)
     with pytest.raises(ValueError, match=f"Received: epsilon={epsilon}"):
@@ -281,7 +286,7 @@ def test_stored_certificates_say_what_they_are_about():
     model = dense_model(5)
     stored = json.loads(certify(model, random_inputs(), verbose=0).to_json())
     assert stored["dimension"] == FEATURES
-    assert stored["model_sha256"] == hkr.evaluation.model_hash(model)
+    assert stored["model_sha256"] == hkr.evaluation.hash_of_model(model)
     assert {"hkr_keras", "keras", "numpy", "backend", "dtype"} <= set(stored["versions"])
     assert stored["versions"]["dtype"] == "float32"
     assert all(sentence.endswith(".") for sentence in stored["assumptions"])
@@ -293,20 +298,20 @@ def test_a_stored_certificate_keeps_its_origin():
     text = certificate.to_json().replace(f'"keras": "{keras.__version__}"', '"keras": "3.99"')
     again = Certificate.from_json(text)
     assert again.versions["keras"] == "3.99"
-    assert (again.rigorous, again.dimension, again.model) == (True, FEATURES, certificate.model)
+    assert (again.rigorous, again.dimension, again.model_hash) == (True, FEATURES, certificate.model_hash)
 
 
 def test_the_hash_is_of_weights_and_architecture(tmp_path):
     model = nested_model()
-    digest = hkr.evaluation.model_hash(model)
-    assert hkr.evaluation.model_hash(model) == digest
+    digest = hkr.evaluation.hash_of_model(model)
+    assert hkr.evaluation.hash_of_model(model) == digest
     model.compile("sgd", "mse")
     model.save(tmp_path / "model.keras")
-    assert hkr.evaluation.model_hash(keras.models.load_model(tmp_path / "model.keras")) == digest
+    assert hkr.evaluation.hash_of_model(keras.models.load_model(tmp_path / "model.keras")) == digest
     weights = model.get_weights()
     model.set_weights([np.nextafter(weights[0], np.float32(9)), *weights[1:]])
-    assert hkr.evaluation.model_hash(model) != digest
-    assert hkr.evaluation.model_hash(dense_model(5)) != hkr.evaluation.model_hash(
+    assert hkr.evaluation.hash_of_model(model) != digest
+    assert hkr.evaluation.hash_of_model(dense_model(5)) != hkr.evaluation.hash_of_model(
         dense_model(5, extra=[hkr.layers.Scale(-1.0)])
     )
 
@@ -351,7 +356,7 @@ def test_verify_tells_what_differs():
 
 
 def test_other_norms():
-    certificate = Certificate(RADIUS, PREDICTION, 1.0, 3, "pairwise", dimension=16)
+    certificate = of_numbers(dimension=16)
     assert certificate.radius_in(1).tolist() == certificate.radius_in(2).tolist() == RADIUS.tolist()
     np.testing.assert_allclose(certificate.radius_in(math.inf), RADIUS / 4)
     assert np.all(certificate.radius_in(math.inf)[RADIUS > 0] < RADIUS[RADIUS > 0] / 4)
@@ -362,7 +367,7 @@ def test_other_norms():
         with pytest.raises(ValueError, match=f"Received: norm={norm}"):
             certificate.radius_in(norm)
     with pytest.raises(ValueError, match="dimension=None"):
-        Certificate(RADIUS, PREDICTION, 1.0, 3, "pairwise").radius_in(math.inf)
+        of_numbers().radius_in(math.inf)
 
 
 @pytest.mark.parametrize("norm", [1, math.inf])
@@ -473,7 +478,7 @@ def test_the_area_of_several_outputs_is_refused():
     "change", [{"dimension": 0}, {"dimension": "a"}, {"dimension": -3}, {"prediction": [0.7]}, {"radius": [[0.5]]}]
 )
 def test_json_with_other_types(change):
-    certificate = Certificate(np.array([0.5]), np.array([1]), 1.0, 2, "pairwise", dimension=3)
+    certificate = of_numbers([0.5], [1], classes=2, dimension=3)
     assert Certificate.from_json(certificate.to_json()).dimension == 3
     with pytest.raises(ValueError, match="Expected the JSON text of a certificate"):
         Certificate.from_json(json.dumps({**json.loads(certificate.to_json()), **change}))

@@ -360,7 +360,9 @@ def test_an_infinite_radius_survives_json():
 
 @pytest.mark.parametrize("y", [[[0.2, 0.3]], [[0, 0]], [[1, 1]]])
 def test_labels_that_are_not_one_hot_are_refused(y):
-    certificate = hkr.Certificate(np.array([1.0]), np.array([1]), 1.0, 2, "pairwise")
+    certificate = hkr.Certificate(
+        radius=np.array([1.0]), prediction=np.array([1]), bound=1.0, classes=2, method="pairwise"
+    )
     with pytest.raises(ValueError, match="Expected labels"):
         certificate.accuracy(y)
 

@@ -42,7 +42,7 @@ def exported(folder, tmp_path):
 @pytest.fixture(scope="module")
 def folder(trained, tmp_path_factory):
     folder = tmp_path_factory.mktemp("exported")
-    hkr.export(trained, folder / NAMES[FORMATS[0]], FORMATS[0])
+    hkr.export(trained, folder / NAMES[FORMATS[0]])
     return folder
 
 
@@ -87,8 +87,10 @@ def test_constants_of_a_score_and_of_logits_without_a_head():
     x = normal((32, 4))
     for model, method in ((score, "score"), (logits, "logits"), (pairwise, "pairwise")):
         found = hkr.certify(model, x, verbose=0)
+        distances, bound = exporting.certificate.constants(model, found.classes)
+        assert found.bound <= bound < found.bound * (1 + 1e-5)
         certificate = exporting.ExportedCertificate(
-            exporting.runtimes._distances(model, found.classes), found.bound, method, ({"shape": [None, 4]},)
+            distances=distances, bound=bound, method=method, inputs=({"shape": [None, 4]},)
         )
         again = certificate.of_outputs(model.predict(x, verbose=0))
         np.testing.assert_array_equal(again.prediction, found.prediction)
@@ -99,8 +101,13 @@ def test_constants_of_a_score_and_of_logits_without_a_head():
         assert read.versions == certificate.versions
 
 
+def of_two(distance=1.0):
+    distances = distance * (1 - np.eye(2))
+    return exporting.ExportedCertificate(distances=distances, bound=1.0, method="pairwise")
+
+
 def test_ties_are_not_certified_and_wrong_outputs_refused():
-    certificate = exporting.ExportedCertificate(np.array([[0.0, 1.0], [1.0, 0.0]]), 1.0, "pairwise")
+    certificate = of_two()
     assert certificate.of_outputs(np.array([[1.0, 1.0]])).radius[0] == 0
     for outputs in (np.ones((2, 3)), np.ones(2), np.array([[np.nan, 0.0]])):
         with pytest.raises(ValueError, match="Expected finite outputs"):
@@ -112,11 +119,19 @@ def test_ties_are_not_certified_and_wrong_outputs_refused():
     [
         *({"bound": -1.0}, {"bound": float("nan")}, {"norm": "Linf"}),
         *({"distances": [[1.0, 2.0]]}, {"distances": [[0.0, -1.0], [1.0, 0.0]]}, {"distances": 1.0}, {"bound": "1"}),
+        *(
+            {"distances": [[0.0, 0.0], [0.0, 0.0]]},
+            {"distances": [[0.0, 1.0], [2.0, 0.0]]},
+            {"distances": [[1, 1], [1, 1]]},
+        ),
+        *({"distances": [[0.0, "1"], ["1", 0.0]]}, {"distances": [[True, 1], [1, True]]}, {"distances": []}),
+        *({"method": "score"}, {"method": "guess"}, {"format": "pickle"}, {"bound": True}, {"bound": 1e999}),
+        *({"inputs": [{"shape": [None, 2.5]}]}, {"inputs": [{"shape": "12"}]}, {"versions": {"keras": 3}}),
         *({"inputs": ["x"]}, {"inputs": [{"shape": ["4"]}]}, {"inputs": None}, {"model": 3}, {"method": ["score"]}),
     ],
 )
 def test_broken_certificates_are_refused(change):
-    certificate = exporting.ExportedCertificate(np.array([[0.0, 1.0], [1.0, 0.0]]), 1.0, "pairwise")
+    certificate = of_two()
     values = {**json.loads(certificate.to_json()), **change}
     with pytest.raises(ValueError, match="Expected the certificate of an exported file"):
         exporting.ExportedCertificate.from_json(json.dumps(values))
@@ -130,7 +145,7 @@ def test_smaller_constants_than_those_of_the_model_are_noticed(exported, trained
     path.write_text(dataclasses.replace(certificate, distances=certificate.distances / 2).to_json())
     differences = " ".join(exporting.load(exported).verify(trained, digits.x_test[:20]).differences)
     assert "constants" in differences
-    assert "radii" in differences
+    assert "radius of input" in differences
 
 
 def test_nothing_is_exported_that_has_no_certificate(tmp_path):
@@ -140,3 +155,62 @@ def test_nothing_is_exported_that_has_no_certificate(tmp_path):
     with pytest.raises(FileNotFoundError):
         exporting.load(tmp_path / "net.onnx")
     assert not list(tmp_path.iterdir())
+
+
+def test_constants_grow_with_the_number_of_rounded_numbers(tmp_path):
+    """Each factor is rounded to float32 in the file, which makes all of them together 1e-5 larger than they were."""
+    factor = 1 + 2.0**-24 + 2.0**-40
+    model = keras.Sequential([keras.Input((1,)), *(L.Scale(factor) for _ in range(200)), keras.layers.Dense(1)])
+    model.layers[-1].set_weights([np.ones((1, 1), "float32"), np.array([-1000.0], "float32")])
+    distances, bound = exporting.certificate.constants(model, 1)
+    stored = float(np.float32(factor)) ** 200
+    assert hkr.lipschitz_bound(model) < stored <= distances[0, 0] <= bound < stored * (1 + 1e-3)
+
+
+@pytest.mark.skipif("onnx" not in FORMATS, reason="Keras writes no ONNX with this backend")
+def test_weights_in_a_file_of_their_own_count(tmp_path):
+    import onnx
+
+    hkr.export(hkr.models.lipschitz_mlp((64,), 3, widths=(64,)), tmp_path / "net.onnx")
+    model = onnx.load(tmp_path / "net.onnx")
+    for path in tmp_path.iterdir():
+        path.unlink() if path.name != "net.onnx.certificate.json" else None
+    onnx.save(model, tmp_path / "net.onnx", save_as_external_data=True, location="weights.bin", size_threshold=16)
+    before = exporting.file_hash(tmp_path / "net.onnx")
+    weights = tmp_path / "weights.bin"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+    assert exporting.file_hash(tmp_path / "net.onnx") != before
+    weights.unlink()
+    with pytest.raises(ValueError, match="beside it"):
+        exporting.file_hash(tmp_path / "net.onnx")
+
+
+@pytest.mark.parametrize(
+    ("path", "format", "message"),
+    [
+        ("net.onnx", "litert", "ends in .tflite"),
+        ("net.tflite", "tf_saved_model", "path of a folder"),
+        ("net", "onnx", "ends in .onnx"),
+        ("net.h5", None, "ending in .onnx or .tflite"),
+        ("net.onnx", "keras", "Received: format=keras"),
+    ],
+)
+def test_a_suffix_that_does_not_fit_is_refused(path, format, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        hkr.export(hkr.models.lipschitz_mlp((4,), 3, widths=()), tmp_path / path, format)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("options", [{"optimizations": ["DEFAULT"]}, {"representative_dataset": None}])
+def test_options_that_change_the_function_are_refused(options, tmp_path):
+    with pytest.raises(ValueError, match=f"Received: {next(iter(options))}"):
+        hkr.export(hkr.models.lipschitz_mlp((4,), 3, widths=()), tmp_path / NAMES[FORMATS[0]], **options)
+
+
+def test_a_file_that_computes_something_else_is_refused(tmp_path, monkeypatch):
+    original = exporting.ExportedModel.predict
+    monkeypatch.setattr(exporting.ExportedModel, "predict", lambda file, x: original(file, x) * 1.001)
+    path = tmp_path / NAMES[FORMATS[0]]
+    with pytest.raises(ValueError, match="outputs are those of the model"):
+        hkr.export(hkr.models.lipschitz_mlp((4,), 3, widths=(8,)), path)
+    assert not exporting.certificate_path(path).exists()
