@@ -29,6 +29,7 @@ from hkr_keras._version import __version__
 from hkr_keras.certification import bounds, certificates, evaluation, rounding, singular_values
 from hkr_keras.certification.bounds import lipschitz_bound
 from hkr_keras.certification.certificates import Certificate, certify, certify_outputs, certify_top_k
+from hkr_keras.certification.local import local_bound
 from hkr_keras.certification.summary import lipschitz_summary
 from hkr_keras.conversion import constrain, to_keras, to_lipschitz
 from hkr_keras.exporting import export
@@ -57,6 +58,7 @@ __all__ = [
     "linalg",
     "lipschitz_bound",
     "lipschitz_summary",
+    "local_bound",
     "losses",
     "margins",
     "metrics",
