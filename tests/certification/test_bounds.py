@@ -15,7 +15,7 @@ K, L = keras.layers, hkr.layers
 
 # ---- activations ----------------------------------------------------------------------------------------
 
-POINTWISE = [f for f in bounds.ACTIVATION_BOUNDS if f.__name__ not in ("softmax", "sparsemax")]
+POINTWISE = [f for f in bounds.ACTIVATION_BOUNDS if f.__name__ != "softmax"]
 
 
 @pytest.mark.parametrize("function", POINTWISE, ids=lambda function: function.__name__)

@@ -404,6 +404,18 @@ HOLDS = {
     ),
     "convolution_op": lambda: with_method(ones_convolution(), (5, 1), "convolution_op"),
     "call of a nested model": lambda: with_method(inner_model(ones(), shape=(3,)), (3,), "call"),
+    # What Keras computes is not what its documentation says: its sparsemax is no projection, and jumps.
+    "sparsemax": lambda: (sequential((2,), K.Activation("sparsemax")), f([[4.0, 2.999]]), f([[4.0, 3.001]])),
+    "sparsemax as an argument": lambda: (
+        sequential((2,), K.Dense(2, kernel_initializer="identity", activation="sparsemax")),
+        f([[4.0, 2.999]]),
+        f([[4.0, 3.001]]),
+    ),
+    "sparsemax of operations": lambda: (
+        sequential((2,), K.Activation(keras.ops.sparsemax)),
+        f([[4.0, 2.999]]),
+        f([[4.0, 3.001]]),
+    ),
     # Nested models of unknown sizes.
     "average over an unknown size": lambda: nested_unknown(K.GlobalAveragePooling1D(), (None, 3), (8, 3)),
     "pooling over an unknown size": lambda: nested_unknown(
@@ -1027,7 +1039,6 @@ ACCEPTED = {
         }.items()
         if hasattr(K, name)
     },
-    "sparsemax": (lambda: bare(K.Activation("sparsemax"), shape=(3,)), 1.0),
     "relu of ops": (lambda: bare(K.Activation(keras.ops.relu), shape=(3,)), 1.0),
     "relu of ops as an argument": (lambda: bare(ones(activation=keras.ops.relu), shape=(4,)), 2.0),
     "tanh of ops": (lambda: bare(K.Activation(keras.ops.tanh), shape=(3,)), 1.0),

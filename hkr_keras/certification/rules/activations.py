@@ -38,7 +38,6 @@ ACTIVATION_BOUNDS: dict[Any, float] = {
     _a.tanh_shrink: 1.0,
     _a.squareplus: 1.0,
     _a.sparse_plus: 1.0,
-    _a.sparsemax: 1.0,  # the projection onto the simplex
     _a.log_sigmoid: 1.0,
     _a.softmax: 0.5,
     _a.sparse_sigmoid: 0.5,
@@ -55,7 +54,7 @@ ACTIVATION_BOUNDS |= {
     getattr(keras.ops, name): ACTIVATION_BOUNDS[getattr(_a, name)]
     for name in (
         *("relu", "relu6", "leaky_relu", "elu", "celu", "tanh", "hard_tanh", "softplus", "softsign", "soft_shrink"),
-        *("tanh_shrink", "squareplus", "sparse_plus", "sparsemax", "log_sigmoid", "softmax", "sparse_sigmoid"),
+        *("tanh_shrink", "squareplus", "sparse_plus", "log_sigmoid", "softmax", "sparse_sigmoid"),
         *("sigmoid", "hard_sigmoid", "silu", "selu", "hard_silu"),
     )
     if hasattr(keras.ops, name)
