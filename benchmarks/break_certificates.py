@@ -1,7 +1,7 @@
 """Attacks on certificates, on the backend in use: how many were tried, how many fell.
 
     KERAS_BACKEND=jax python benchmarks/break_certificates.py [--points 16] [--effort 20] [--only moons ...]
-        [--attacks pgd ...] [--json FILE]
+        [--attacks pgd ...] [--json FILE] [--fuzz N --seed S]
 
 A certificate falls when the float32 network as deployed gives another class to a float32 input whose distance,
 in rational arithmetic, is at most the radius: in `model.predict` of a batch, of a single input, or in an eager call.
@@ -27,6 +27,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import eagerpy as ep
 import foolbox
+import fuzzing
 import keras
 import numpy as np
 from keras import ops
@@ -546,7 +547,12 @@ def main() -> None:
     parser.add_argument("--attacks", nargs="+", choices=ATTACKS, default=list(ATTACKS), metavar="ATTACK")
     parser.add_argument("--rigorous", nargs="+", choices=("off", "on"), default=["off", "on"][: 1 + CAN_BE_RIGOROUS])
     parser.add_argument("--json", help="append the counts to this file, one JSON object per line")
+    parser.add_argument("--fuzz", type=int, help="check this many random models instead, see fuzzing.py")
+    parser.add_argument("--seed", type=int, default=0, help="of the random models")
     arguments = parser.parse_args()
+    if arguments.fuzz:
+        print(fuzzing.run(arguments.fuzz, arguments.seed, report=print))
+        return
     logging.getLogger("tensorflow").setLevel("ERROR")  # foolbox and ART trace anew for every input
     version = f"Keras {keras.__version__}, {BACKEND} {__import__(BACKEND).__version__}"
     table = Table(title=f"Certificates broken / attacked, {arguments.points} inputs per model; {version}")
