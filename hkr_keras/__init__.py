@@ -14,9 +14,7 @@ from hkr_keras import (
     exporting,
     geometry,
     layers,
-    linalg,
     losses,
-    margins,
     metrics,
     models,
     oneclass,
@@ -24,9 +22,8 @@ from hkr_keras import (
     plotting,
     transport,
 )
-from hkr_keras._backends import gradients, replicas
 from hkr_keras._version import __version__
-from hkr_keras.certification import bounds, certificates, evaluation, rounding, singular_values
+from hkr_keras.certification import bounds, rounding
 from hkr_keras.certification.bounds import lipschitz_bound
 from hkr_keras.certification.certificates import Certificate, certify, certify_outputs, certify_top_k
 from hkr_keras.certification.local import local_bound
@@ -40,7 +37,6 @@ __all__ = [
     "attacks",
     "bounds",
     "callbacks",
-    "certificates",
     "certify",
     "certify_outputs",
     "certify_top_k",
@@ -48,27 +44,21 @@ __all__ = [
     "constraints",
     "conversion",
     "datasets",
-    "evaluation",
     "explanations",
     "export",
     "exporting",
     "geometry",
-    "gradients",
     "layers",
-    "linalg",
     "lipschitz_bound",
     "lipschitz_summary",
     "local_bound",
     "losses",
-    "margins",
     "metrics",
     "models",
     "oneclass",
     "optimizers",
     "plotting",
-    "replicas",
     "rounding",
-    "singular_values",
     "to_keras",
     "to_lipschitz",
     "transport",

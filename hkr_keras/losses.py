@@ -2,7 +2,7 @@
 
 Expectations are means under the sample weights, so a weight of 2 equals a sample given twice. Every function
 takes `(y_true, y_pred, ..., sample_weight=None)` and returns values `(n,)` whose weighted mean is the loss. When
-a batch is in parts on several replicas, class means are those of the whole batch (`hkr_keras.replicas`).
+a batch is in parts on several replicas, class means are those of the whole batch (`hkr_keras._backends.replicas`).
 """
 
 import math

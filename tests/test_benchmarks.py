@@ -24,6 +24,7 @@ import step_cost
 import timing
 
 import hkr_keras as hkr
+from hkr_keras import linalg, margins
 
 pytestmark = pytest.mark.once
 
@@ -104,7 +105,7 @@ def test_price_of_rigour():
 def test_claims_of_the_peer_are_those_of_its_head(head):
     logits, labels = np.random.default_rng(0).normal(size=(200, 10)), np.random.default_rng(1).integers(0, 10, 200)
     tensors = keras.ops.convert_to_tensor(labels), keras.ops.convert_to_tensor(logits.astype("float32"))
-    radius = keras.ops.convert_to_numpy(hkr.margins.certified_radius(*tensors, head=head))
+    radius = keras.ops.convert_to_numpy(margins.certified_radius(*tensors, head=head))
     claims = peers.claimed(logits, labels, head)
     assert claims["clean"] == (radius > 0).mean()
     for epsilon in peers.EPSILONS:
@@ -215,7 +216,7 @@ def test_projection_cost_times_a_projection_and_its_two_products(size):
     np.testing.assert_allclose(np.linalg.svd(w, compute_uv=False), 1, atol=5e-3)  # an ordinary step
     products = keras.ops.convert_to_numpy(projection_cost.products(keras.ops.convert_to_tensor(w)))
     np.testing.assert_allclose(products, w @ (w.swapaxes(1, 2) @ w), atol=1e-5)
-    projected = timing.compiled(hkr.linalg.newton_schulz)(keras.ops.convert_to_tensor(w))
+    projected = timing.compiled(linalg.newton_schulz)(keras.ops.convert_to_tensor(w))
     projected = keras.ops.convert_to_numpy(projected)
     np.testing.assert_allclose(np.linalg.svd(projected, compute_uv=False), 1, atol=5e-5)
     assert projection_cost.gflop(*(1, *size)[-3:]) == 4e-9 * np.prod(size) * min(size[-2:])

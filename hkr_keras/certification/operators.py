@@ -31,6 +31,11 @@ def _length(array: np.ndarray) -> float:
     return scale * float(np.linalg.norm(array / scale)) * (1 + array.size * MACHINE_EPSILON) if scale else 0.0
 
 
+def _joint(first: float, second: float) -> float:
+    """The relative error of a product, from those of its factors."""
+    return (first + second + first * second) * _UP
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Diagonal:
     """Multiplies every entry of an input by a number.
@@ -69,8 +74,8 @@ class Diagonal:
             with np.errstate(over="ignore", under="ignore"):
                 product = self.numbers * first.numbers
             lost = (np.abs(product) < _TINY) & (self.numbers != 0) & (first.numbers != 0)
-            relative = (1 + self.relative) * (1 + first.relative) - 1 + 4 * MACHINE_EPSILON
-            return Diagonal(np.where(lost, _TINY, product), relative * _UP)  # larger numbers than the true ones
+            relative = _joint(self.relative, first.relative) + 4 * MACHINE_EPSILON
+            return Diagonal(np.where(lost, _TINY, product), relative)  # larger numbers than the true ones
         numbers = self.along(-1 if isinstance(first, Matrix) else first.channel_axis)
         return None if numbers is None else first.scaled(numbers, self.relative, outputs=True)
 
@@ -134,7 +139,7 @@ class Matrix:
         error = (self.error * _largest(numbers) * (1 + relative) + rounding) * _UP
         if outputs:  # differences of columns are not as near as the columns
             return Matrix(product, (error + relative * _length(product)) * _UP, self.relative)
-        return Matrix(product, error, ((1 + self.relative) * (1 + relative) - 1) * _UP)
+        return Matrix(product, error, _joint(self.relative, relative))
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -188,7 +193,7 @@ class Convolution:
             self,
             blocks=product,
             error=(self.error * largest + gain * rounding) * _UP,
-            relative=((1 + self.relative) * (1 + relative) - 1) * _UP,
+            relative=_joint(self.relative, relative),
             limit=self.limit * largest * _UP if math.isfinite(self.limit) else math.inf,
         )
 

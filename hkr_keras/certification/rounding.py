@@ -115,9 +115,17 @@ class Tracer:
     def __init__(self, model: Any) -> None:
         self.model = model
         self.shapes = [tensor.shape for tensor in bounds.model_inputs(model)]
-        layers = flattened_layers(model)
-        dtypes = {str(x.dtype if isinstance(x, keras.layers.InputLayer) else x.compute_dtype) for x in layers}
-        self._casts = dtypes != {"float32"}  # then any layer may round what it is given
+        inputs: list[Any] = []
+        others: list[Any] = []
+        for layer in flattened_layers(model):
+            (inputs if isinstance(layer, keras.layers.InputLayer) else others).append(layer)
+        wide = [x for x in others if {str(x.compute_dtype), str(x.variable_dtype)} != {"float32"}]
+        if wide:  # Keras may compute in float32 all the same, and round its weights for that
+            raise ValueError(
+                "Expected layers of float32 for a rigorous certificate. "
+                f"Received: '{wide[0].name}' with dtype policy {wide[0].dtype_policy.name}"
+            )
+        self._casts = {str(layer.dtype) for layer in inputs} != {"float32"}  # then a layer may be given float64
         self._known: dict[tuple[Any, ...], _Known] = {}
 
     def __call__(self, arrays: list[np.ndarray]) -> tuple[Trace, Affine]:

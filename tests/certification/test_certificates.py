@@ -11,6 +11,7 @@ import sklearn.metrics
 
 import hkr_keras as hkr
 from hkr_keras import Certificate, bounds, certify
+from hkr_keras.certification import evaluation
 
 FEATURES = 6
 
@@ -286,7 +287,7 @@ def test_stored_certificates_say_what_they_are_about():
     model = dense_model(5)
     stored = json.loads(certify(model, random_inputs(), verbose=0).to_json())
     assert stored["dimension"] == FEATURES
-    assert stored["model_sha256"] == hkr.evaluation.hash_of_model(model)
+    assert stored["model_sha256"] == evaluation.hash_of_model(model)
     assert {"hkr_keras", "keras", "numpy", "backend", "dtype"} <= set(stored["versions"])
     assert stored["versions"]["dtype"] == "float32"
     assert all(sentence.endswith(".") for sentence in stored["assumptions"])
@@ -303,15 +304,15 @@ def test_a_stored_certificate_keeps_its_origin():
 
 def test_the_hash_is_of_weights_and_architecture(tmp_path):
     model = nested_model()
-    digest = hkr.evaluation.hash_of_model(model)
-    assert hkr.evaluation.hash_of_model(model) == digest
+    digest = evaluation.hash_of_model(model)
+    assert evaluation.hash_of_model(model) == digest
     model.compile("sgd", "mse")
     model.save(tmp_path / "model.keras")
-    assert hkr.evaluation.hash_of_model(keras.models.load_model(tmp_path / "model.keras")) == digest
+    assert evaluation.hash_of_model(keras.models.load_model(tmp_path / "model.keras")) == digest
     weights = model.get_weights()
     model.set_weights([np.nextafter(weights[0], np.float32(9)), *weights[1:]])
-    assert hkr.evaluation.hash_of_model(model) != digest
-    assert hkr.evaluation.hash_of_model(dense_model(5)) != hkr.evaluation.hash_of_model(
+    assert evaluation.hash_of_model(model) != digest
+    assert evaluation.hash_of_model(dense_model(5)) != evaluation.hash_of_model(
         dense_model(5, extra=[hkr.layers.Scale(-1.0)])
     )
 
