@@ -31,7 +31,7 @@ extensions = [
     "sphinx_design",
 ]
 exclude_patterns = ["_build"]
-myst_enable_extensions = ["colon_fence", "smartquotes"]
+myst_enable_extensions = ["colon_fence", "deflist", "smartquotes"]
 myst_heading_anchors = 3
 nb_execution_mode = "off"  # committed with outputs; the tests execute them
 nb_merge_streams = True
