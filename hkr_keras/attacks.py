@@ -15,6 +15,7 @@ from keras import ops
 from hkr_keras import _display, margins
 from hkr_keras._backends.gradients import as_function, first_change
 from hkr_keras._validation import number
+from hkr_keras.certification.batches import batches
 from hkr_keras.certification.certificates import Certificate, certify
 
 ROUNDING = 1e-5  # of |x| + radius: how far from its boundary a float32 network may change its prediction
@@ -334,8 +335,8 @@ def evaluate_robustness(
 
     Args:
         model: built model with one input and raw scores `(n,)`, `(n, 1)` or logits `(n, classes)`.
-        x: inputs `(n, ...)`.
-        y: labels `(n,)`, `(n, 1)` or one-hot.
+        x: inputs `(n, ...)`, or what yields batches of them with their labels, as for `certify`.
+        y: labels `(n,)`, `(n, 1)` or one-hot; `None` for those that come with the inputs.
         epsilons: L2 distances in input units, above 0, at which to report accuracies; the sizes that `PGD`,
             `AutoPGD` and `Square` try. The others look for the smallest change.
         attacks: names of `ATTACKS`, or attacks of foolbox. `PGD`, `DeepFool`, `DDN` and `C&W` are foolbox's; `AutoPGD`
@@ -370,7 +371,7 @@ def evaluate_robustness(
     chosen = {_name(attack): _attack(attack) for attack in attacks}
     if not epsilons or not chosen:
         raise ValueError(f"Expected epsilons and attacks. Received: epsilons={epsilons}, attacks={list(attacks)}")
-    logits, x = as_function(as_logits(model)), np.asarray(x)
+    logits, (x, y) = as_function(as_logits(model)), _gathered(model, x, y, batch_size)
     certificate = certificate or certify(model, x, batch_size, verbose=0)
     if len(certificate.radius) != len(x):
         raise ValueError(f"Expected a certificate of {len(x)} inputs. Received: one of {len(certificate.radius)}")
@@ -402,7 +403,17 @@ def evaluate_robustness(
     )
 
 
-def _name(attack) -> str:
+def _gathered(model: keras.Model, x: Any, y: Any, batch_size: int) -> tuple[np.ndarray, Any]:
+    """All inputs as one array, and the labels."""
+    parts = list(batches(model, x, batch_size)[0])
+    if y is None and parts and parts[0][1] is not None:
+        y = np.concatenate([labels for _, labels in parts])
+    if y is None:
+        raise ValueError("Expected labels, since none came with the inputs. Received: y=None")
+    return np.concatenate([arrays[0] for arrays, _ in parts]), y
+
+
+def _name(attack: Any) -> str:
     return attack if isinstance(attack, str) else type(attack).__name__
 
 

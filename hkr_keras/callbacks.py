@@ -148,7 +148,8 @@ class CertifiedEvaluation(keras.callbacks.Callback):
     `lipschitz_bound`. Unlike the metrics these are proven, not promised.
 
     Args:
-        x, y: inputs and labels, as for `certify` and `Certificate.accuracy`.
+        x: inputs as for `certify`, or data that yield them with their labels at each epoch anew.
+        y: labels as for `Certificate.accuracy`; `None` for those that come with the inputs.
         epsilons: L2 distances in input units.
         batch_size: inputs per batch.
         rigorous: whether the numbers cover the rounding of the float32 network, as in `certify`.

@@ -277,13 +277,12 @@ def _check_model(model: Any) -> None:
             "Expected inputs in float32: predict casts all that it is given to the global floatx. Call "
             f"keras.config.set_floatx('float32'). Received: keras.config.floatx()={keras.config.floatx()}"
         )
-    for tensor in getattr(model, "inputs", None) or []:
-        if str(tensor.dtype) not in _PRECISE and "float" in str(tensor.dtype):  # of integers `bounds` tells more
-            raise ValueError(
-                "Expected inputs of float32 or float64: rounding to fewer digits has no Lipschitz constant. "
-                f"Received: input '{tensor.name}' of dtype {tensor.dtype}"
-            )
     for layer in flattened_layers(model):
+        if isinstance(layer, keras.layers.InputLayer) and str(layer.dtype) not in _PRECISE:  # nested models cast too
+            raise ValueError(
+                "Expected inputs of float32 or float64: rounding to integers or fewer digits has no Lipschitz "
+                f"constant. Received: input '{layer.name}' of dtype {layer.dtype}"
+            )
         dtypes = {str(layer.compute_dtype), str(layer.variable_dtype)}
         if not dtypes <= set(_PRECISE):
             raise ValueError(

@@ -15,21 +15,25 @@ import rich.console
 import rich.table
 from keras import ops
 
+from hkr_keras import _display
 from hkr_keras.certification import bounds
 from hkr_keras.certification.batches import check_inputs
 from hkr_keras.certification.bounds import LipschitzState
 from hkr_keras.certification.graph import walk
 from hkr_keras.certification.singular_values import kernel_spectrum
-from hkr_keras.geometry import kernel_geometries
+from hkr_keras.geometry import flattened_layers, kernel_geometries
+
+__all__ = ["LipschitzSummary", "SummaryRow", "lipschitz_summary"]
 
 _POINTS = 4  # inputs at which a Jacobian is taken
 _WIDEST = 1024  # dimensions up to which it is taken in full
 _DIRECTIONS = 32  # random ones, beyond
 _BATCH = 64
 _NOISE = 2.0**-18  # what float32 may have added to an output, relative to its largest entry: not counted
+_TOLERANCE = 1e-5  # and what it may have added to the change of a layer beyond that
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class SummaryRow:
     """One layer of a summary; singular values are `None` for layers without a kernel.
 
@@ -55,9 +59,12 @@ class SummaryRow:
         return self.bound / self.lower if self.lower else math.inf
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False, kw_only=True)
 class LipschitzSummary:
-    """What `lipschitz_summary` found: `rows` in the order of computation, `bound` and `lower` of the model."""
+    """What `lipschitz_summary` found: `rows` in the order of computation, `bound` and `lower` of the model.
+
+    `str(summary)` is the table in 80 columns, `summary.table(details=True)` the one with singular values.
+    """
 
     model: str
     bound: float
@@ -69,7 +76,7 @@ class LipschitzSummary:
         """Upper bound over lower estimate of the model: 1 when nothing is wasted."""
         return self.bound / self.lower if self.lower else math.inf
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """Plain Python values."""
         return dataclasses.asdict(self)
 
@@ -77,45 +84,79 @@ class LipschitzSummary:
         """The same, as JSON."""
         return json.dumps(self.to_dict(), indent=2)
 
-    def __str__(self) -> str:
+    def table(self, details: bool = False) -> str:
+        """The table as text: 80 columns wide, or 110 with the singular values of kernels."""
         table = rich.table.Table(title=f"Lipschitz bounds of {self.model}", box=rich.box.SIMPLE_HEAD)
         for column in ("layer", "kind"):
-            table.add_column(column)
-        for column in ("sigma_min", "sigma_max", "lower", "bound", "ratio", "product"):
-            table.add_column(column, justify="right")
+            table.add_column(column, overflow="fold")
+        columns = ("lower", "bound", "ratio", "product")
+        for column in ("sigma_min", "sigma_max", *columns) if details else columns:
+            table.add_column(column, justify="right", no_wrap=True)
+        digits = 6 if details else 5
         for row in self.rows:
-            numbers = (row.sigma_min, row.sigma_max, row.lower, row.bound, row.ratio, row.product)
-            table.add_row(row.layer, row.kind, *(_short(number) for number in numbers))
+            numbers: list[float | None] = [row.lower, row.bound, row.ratio, row.product]
+            numbers = [row.sigma_min, row.sigma_max, *numbers] if details else numbers
+            table.add_row(row.layer, row.kind, *(_short(number, digits) for number in numbers))
         table.add_section()
-        table.add_row("model", "", "", "", *(_short(n) for n in (self.lower, self.bound, self.ratio, self.bound)))
-        text = io.StringIO()
-        rich.console.Console(file=text, width=110, force_terminal=False, force_jupyter=False).print(table)
+        total = (_short(number, digits) for number in (self.lower, self.bound, self.ratio, self.bound))
+        table.add_row("model", "", *(["", ""] if details else []), *total)
+        text, width = io.StringIO(), 110 if details else 80
+        rich.console.Console(file=text, width=width, force_terminal=False, force_jupyter=False).print(table)
         return text.getvalue()
 
+    def __str__(self) -> str:
+        return self.table()
 
-def _short(number: float | None) -> str:
-    return "" if number is None or math.isinf(number) else f"{number:.6g}"
+    def __repr__(self) -> str:
+        return (
+            f"LipschitzSummary({self.model}: {len(self.rows)} layers, lower {self.lower:.4g}, bound {self.bound:.4g})"
+        )
+
+    def _repr_html_(self) -> str:
+        header = ("layer", "kind", "lower", "bound", "ratio", "product")
+        rows = [tuple(getattr(row, name) for name in header) for row in self.rows]
+        total = ("model", "", self.lower, self.bound, self.ratio, self.bound)
+        return _display.html_table(f"Lipschitz bounds of {self.model}", header, [*rows, total])
 
 
-def lipschitz_summary(model, print_fn: Callable[[str], Any] | None = print, x=None) -> LipschitzSummary:
+def _short(number: float | None, digits: int) -> str:
+    return "" if number is None or math.isinf(number) else f"{number:.{digits}g}"
+
+
+def _check_sides(name: str, lower: float, bound: float) -> None:
+    if lower > bound * (1 + _TOLERANCE):
+        raise ValueError(
+            f"Expected no change of {name} above its proven bound: correct the bound that you registered, or else "
+            f"report this model and use none of its certificates. Received: lower={lower}, bound={bound}"
+        )
+
+
+def lipschitz_summary(
+    model: keras.Model,
+    x: Any = None,
+    print_fn: Callable[[str], Any] | None = print,
+    details: bool = False,
+) -> LipschitzSummary:
     """Prints a table of both sides of the constant of every layer and of the model, and returns it.
 
-    Columns: smallest and largest singular value found (of layers with a kernel, over all image sizes); `lower`,
-    what the layer was seen to stretch its input by; the proven upper `bound`; their ratio, 1 when the bound is
-    exact; and the `product`, the bound from the input of the model to the output of the layer. The lower
+    Columns: `lower`, what the layer was seen to stretch its input by; the proven upper `bound`; their ratio, 1 when
+    the bound is exact; and the `product`, the bound from the input of the model to the output of the layer. With
+    details, the smallest and largest singular value found (of layers with a kernel, over all image sizes). The lower
     estimate of the model is the largest `|f(x) - f(z)| / |x - z|` found from its Jacobians at some inputs (in
     32 random directions for inputs of more than 1024 dimensions). The model is not changed.
 
     Args:
         model: a built Sequential or functional model.
-        print_fn: takes the text; `None` prints nothing.
         x: inputs at which to look, an array (or a list of arrays), of which four are used. Random ones without.
+        print_fn: takes the text; `None` prints nothing.
+        details: whether to print singular values too, in 110 columns instead of 80.
 
     Returns:
         A `LipschitzSummary` with `rows`, `bound`, `lower`, `ratio`, `to_dict()` and `to_json()`.
 
     Raises:
         ValueError: as `lipschitz_bound`.
+            Also when a change above a bound is found: a registered bound is too small, or this package is wrong.
 
     Example:
 
@@ -130,9 +171,9 @@ def lipschitz_summary(model, print_fn: Callable[[str], Any] | None = print, x=No
     inputs = bounds.model_inputs(model)
     shapes = [None if tensor is None else tensor.shape for tensor in inputs]
     lower, pairs = _largest_change(model, _points(model, shapes, x))
-    rows = []
+    rows: list[SummaryRow] = []
 
-    def apply(place, states):
+    def apply(place: Any, states: list[Any]) -> tuple[LipschitzState, list[Any]]:
         layer, shapes = place.layer, place.shapes
         spectra = [kernel_spectrum(layer, name) for name in kernel_geometries(layer)]
         output = bounds.state_through(place, [state[0] for state in states])
@@ -158,9 +199,14 @@ def lipschitz_summary(model, print_fn: Callable[[str], Any] | None = print, x=No
     states = [(LipschitzState(row), list(sides)) for row, sides in zip(np.eye(len(inputs)), pairs, strict=True)]
     outputs = walk(model, states, apply, shapes)
     bound = bounds.joint_constant([state for state, _ in outputs])
-    summary = LipschitzSummary(model.name, bound, lower, tuple(rows))
+    summary = LipschitzSummary(model=model.name, bound=bound, lower=lower, rows=tuple(rows))
+    precise = all(str(layer.compute_dtype) in ("float32", "float64") for layer in flattened_layers(model))
+    for row in rows if precise else ():
+        _check_sides(f"layer '{row.layer}'", row.lower, row.bound)
+    if precise:
+        _check_sides(f"model '{model.name}'", lower, bound)
     if print_fn is not None:
-        print_fn(str(summary))
+        print_fn(summary.table(details))
     return summary
 
 

@@ -526,7 +526,9 @@ def test_summary():
     assert summary.to_dict()["model"] == "example"
     text = "\n".join(lines)
     assert text == str(summary)
-    assert all(word in text for word in ("example", "convolution", "GroupSort", "sigma_max", f"{summary.bound:.6g}"))
+    assert all(word in text for word in ("example", "convolution", "GroupSort", f"{summary.bound:.5g}"))
+    assert max(map(len, text.splitlines())) <= 80
+    assert all(word in summary.table(details=True) for word in ("sigma_max", f"{summary.bound:.6g}"))
 
 
 def test_summary_can_be_silent(capsys):
