@@ -554,7 +554,7 @@ def test_summary_shows_both_sides():
         assert row.ratio >= 1 - 1e-9
     assert summary.rows[-1].lower == pytest.approx(summary.rows[-1].bound, rel=1e-6)
     text = str(summary)
-    assert f"{summary.lower:.6g}" in text
+    assert f"{summary.lower:.5g}" in text
     assert "ratio" in text
 
 
