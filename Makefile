@@ -11,9 +11,12 @@ ONE_THREAD = OMP_NUM_THREADS=1 TF_NUM_INTRAOP_THREADS=1 TF_NUM_INTEROP_THREADS=1
 # JAX compiles the same programs in many tests; kept, they also serve the next run.
 KEPT = JAX_COMPILATION_CACHE_DIR=$(abspath $(VENV))/jax JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 \
 	JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1
+# What needs neither PyTorch nor JAX nor the attacks and runtimes of others.
+OLDEST = $(addprefix tests/,certification conversion layers $(patsubst %,test_%.py,callbacks constraints geometry linalg \
+	losses margins metrics models oneclass optimizers plotting sklearn stored training zoo))
 QUIET = TF_CPP_MIN_LOG_LEVEL=3 PYTHONUNBUFFERED=1
 
-.PHONY: help demo test lint docs bench notebooks clean
+.PHONY: help demo test quick oldest lint docs bench notebooks clean
 
 help:  ## What can be made
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -27,6 +30,14 @@ test: $(VENV)/.installed-test lint docs  ## Lint, documentation, then the whole 
 		KERAS_BACKEND=$$backend $(QUIET) $(KEPT) $(ONE_THREAD) $(BIN)/python -m pytest -q -n $(WORKERS) --durations=5 \
 			--doctest-modules hkr_keras tests; \
 	done
+
+quick: $(VENV)/.installed-test  ## The suite on PyTorch without what is slow, in less than three minutes
+	KERAS_BACKEND=torch $(QUIET) $(ONE_THREAD) $(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow" \
+		--doctest-modules hkr_keras tests
+
+oldest: $(VENV)-oldest/.installed  ## Part of the suite with the lowest versions that setup.cfg admits
+	KERAS_BACKEND=tensorflow $(QUIET) $(ONE_THREAD) $(VENV)-oldest/bin/python -m pytest -q -n $(WORKERS) -m "not slow" \
+		--everywhere -W default $(OLDEST)
 
 lint: $(VENV)/.installed-test  ## Style, types and the layer contract
 	$(BIN)/ruff check .
@@ -54,6 +65,12 @@ notebooks: $(VENV)/.installed-test  ## Make the .ipynb files from their .py pair
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
+$(VENV)-oldest/.installed: setup.cfg tests/oldest.txt
+	$(PYTHON) -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/python -m pip install --quiet --disable-pip-version-check --constraint tests/oldest.txt \
+		--editable ".[tensorflow,sklearn,plots]" scipy hypothesis pytest pytest-xdist
+	@touch $@
+
 $(VENV)/.installed-test: $(VENV)/bin/python setup.cfg tests/constraints.txt
 	$(PIP) --editable ".[tensorflow,jax,torch,test]"
 	@touch $@
@@ -63,4 +80,4 @@ $(VENV)/.installed-%: $(VENV)/bin/python setup.cfg tests/constraints.txt
 	@touch $@
 
 clean:  ## Remove what the other targets made
-	rm -rf $(VENV) docs/_build docs/gallery docs/notebooks hkr_demo build *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(VENV)-oldest docs/_build docs/gallery docs/notebooks hkr_demo build *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache

@@ -57,10 +57,14 @@ def backend() -> str:
     return keras.backend.backend()
 
 
+def pytest_addoption(parser):
+    parser.addoption("--everywhere", action="store_true", help="on any backend, also what is marked `once`")
+
+
 def pytest_collection_modifyitems(config, items):
     """What is marked `once`, and every docstring, runs on PyTorch; of tables marked `many` JAX runs a fifth."""
     backend = keras.backend.backend()
-    if backend == "torch":
+    if backend == "torch" or config.getoption("--everywhere"):
         return
     once = [item for item in items if item.get_closest_marker("once") or isinstance(item, pytest.DoctestItem)]
     many = [item for item in items if item.get_closest_marker("many")] if backend == "jax" else []

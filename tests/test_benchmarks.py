@@ -146,6 +146,7 @@ def test_the_tables_of_the_documentation_are_those_of_the_results(network):
     assert frontier.markdown(rows) in (frontier.HERE.parent / "docs" / "results.md").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(keras.backend.backend() == "jax", reason="the frontier is trained with TensorFlow")
 def test_frontier_runs_what_is_missing(tmp_path, monkeypatch):
     results = tmp_path / "results.jsonl"

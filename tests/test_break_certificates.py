@@ -24,6 +24,7 @@ def counts(target, attacks, effort=6):
     return {name: count(target, name, effort) for name in attacks}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TRAINED)
 def test_certificates_of_trained_models_hold(name):
     attacks = TRIED[name] - NOT_ATTACKED

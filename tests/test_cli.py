@@ -18,6 +18,7 @@ from hkr_keras.cli import demo, main
 pytestmark = pytest.mark.once
 
 
+@pytest.mark.slow
 def test_digits_demo_reaches_its_figures(tmp_path, capsys):
     output = tmp_path / "out"
     assert main(["demo", "--output", str(output)]) == 0

@@ -74,6 +74,7 @@ def small(**parameters):
     return clone(TINY).set_params(**{"random_state": 0, **parameters})
 
 
+@pytest.mark.slow
 def test_defaults_learn_what_no_line_divides(binary):
     assert binary.score(X_MOONS, np.where(Y_MOONS == 1, "upper", "lower")) > 0.93
     assert binary.certified_score(X_MOONS, np.where(Y_MOONS == 1, "upper", "lower"), epsilon=0.1) > 0.85

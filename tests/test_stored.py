@@ -1,6 +1,8 @@
 """Files of every released version keep loading, with the same outputs and the same bound."""
 
+import json
 import pathlib
+import zipfile
 
 import keras
 import numpy as np
@@ -12,12 +14,20 @@ import hkr_keras as hkr
 FILES = sorted((pathlib.Path(__file__).parent / "stored").glob("*.keras"))
 
 
+def release(version):
+    return tuple(int(part) for part in version.split(".")[:2])
+
+
 def test_there_is_a_file_of_this_version():
     assert hkr.__version__ in [path.stem for path in FILES]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_loads_with_the_same_outputs_and_bound(path):
+    with zipfile.ZipFile(path) as archive:
+        stored_by = json.loads(archive.read("metadata.json"))["keras_version"]
+    if release(stored_by) > release(keras.__version__):
+        pytest.skip(f"Keras reads no files of newer versions: {path.name} was stored by Keras {stored_by}")
     model = keras.models.load_model(path)
     stored = np.load(path.with_suffix(".npz"))
     np.testing.assert_allclose(to_numpy(model(stored["x"])), stored["y"], atol=1e-5)

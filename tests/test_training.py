@@ -168,6 +168,7 @@ def test_precision_and_compilation(policy, name, jit_compile):
     assert_orthonormal(model)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(BACKEND != "torch", reason="torch.compile")
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile wants a C++ compiler")
 @pytest.mark.filterwarnings("ignore")  # the compiler's own

@@ -67,6 +67,7 @@ def assert_below(found, limit):
 # One test for each program: workers of pytest share no fixtures, and starting replicas is what takes the time.
 
 
+@pytest.mark.slow
 @backend_is("tensorflow")
 def test_mirrored():
     (found,) = run("mirrored.py")
@@ -87,6 +88,7 @@ def test_mirrored():
     assert max(found["certificates"]) <= TRAINED  # inside and outside the scope
 
 
+@pytest.mark.slow
 @backend_is("jax")
 def test_sharded():
     (found,) = run("sharded.py")
@@ -100,6 +102,7 @@ def test_sharded():
     assert found["model_parallel"]["radii"] <= TRAINED  # of 5 inputs, which no axis of the mesh divides
 
 
+@pytest.mark.slow
 @backend_is("jax")
 def test_two_processes_of_jax():
     first, second = run("processes.py", processes=2)
@@ -111,6 +114,7 @@ def test_two_processes_of_jax():
         assert "Received: num_processes=2" in found["refused"]
 
 
+@pytest.mark.slow
 @backend_is("torch")
 def test_ddp():
     reports = run("ddp.py", processes=2)

@@ -1,4 +1,7 @@
-"""Writes the stored model of the present version: `python tests/stored/make.py`. Run it once for every release."""
+"""Writes the stored model of the present version. Run it once for every release, with the oldest Keras:
+
+make oldest && .venv-oldest/bin/python tests/stored/make.py
+"""
 
 import pathlib
 
