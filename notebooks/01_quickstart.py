@@ -20,12 +20,13 @@
 import importlib.util
 import os
 
-if importlib.util.find_spec("hkr_keras") is None:  # on Colab
-    # %pip install --quiet "hkr_keras[plots,sklearn] @ git+https://github.com/hkr-keras/hkr_keras"
-    pass
+if importlib.util.find_spec("hkr_keras") is None:
+    place = "git+https://github.com/hkr-keras/hkr_keras"
+    if os.path.exists("../setup.cfg"):  # in a clone
+        place = "file://" + os.path.abspath("..")
+    # %pip install --quiet "hkr_keras[plots,sklearn] @ {place}"
 
 os.environ.setdefault("KERAS_BACKEND", "jax")  # or "tensorflow", or "torch"
-FAST = bool(os.environ.get("HKR_FAST"))  # set by the tests
 
 # %%
 import keras
@@ -65,7 +66,7 @@ model = keras.Sequential(
         hkr.layers.LipschitzDense(10, kernel_constraint=hkr.constraints.UnitNorm()),
     ]
 )
-epochs = 2 if FAST else 30
+epochs = 30
 schedule = keras.optimizers.schedules.CosineDecay(1e-2, decay_steps=epochs * 43)
 model.compile(
     keras.optimizers.Adam(schedule),
@@ -123,7 +124,7 @@ plt.show()
 # %%
 moons = hkr.datasets.load("moons")
 binary = hkr.models.lipschitz_mlp((2,), 1)
-epochs = 2 if FAST else 40
+epochs = 40
 binary.compile(
     keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(1e-2, decay_steps=epochs * 20)),
     loss=hkr.losses.HKR(alpha=10, margin=0.3),

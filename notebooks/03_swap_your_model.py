@@ -21,12 +21,13 @@
 import importlib.util
 import os
 
-if importlib.util.find_spec("hkr_keras") is None:  # on Colab
-    # %pip install --quiet "hkr_keras[plots,sklearn] @ git+https://github.com/hkr-keras/hkr_keras" keras-tuner
-    pass
+if importlib.util.find_spec("hkr_keras") is None:
+    place = "git+https://github.com/hkr-keras/hkr_keras"
+    if os.path.exists("../setup.cfg"):  # in a clone
+        place = "file://" + os.path.abspath("..")
+    # %pip install --quiet "hkr_keras[plots,sklearn] @ {place}" keras-tuner
 
 os.environ.setdefault("KERAS_BACKEND", "jax")  # or "tensorflow", or "torch"
-FAST = bool(os.environ.get("HKR_FAST"))  # set by the tests
 
 # %%
 import pathlib
@@ -59,7 +60,7 @@ plain = keras.Sequential(
     name="plain",
 )
 plain.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"])
-plain.fit(data.x_train, data.y_train, epochs=2 if FAST else 15, verbose=0)
+plain.fit(data.x_train, data.y_train, epochs=15, verbose=0)
 print(f"accuracy {plain.evaluate(data.x_test, data.y_test, verbose=0)[1]:.1%}")
 print(f"Lipschitz constant at most {hkr.lipschitz_bound(plain):,.0f}")
 
@@ -82,7 +83,7 @@ def train(model, epochs):
 
 
 robust = hkr.to_lipschitz(plain)
-certificate = train(robust, epochs=1 if FAST else 3)
+certificate = train(robust, epochs=3)
 print(f"accuracy {certificate.accuracy(data.y_test):.1%}, at 0.25 {certificate.accuracy(data.y_test, 0.25):.1%}")
 
 # %% [markdown]
@@ -96,7 +97,7 @@ print(f"accuracy {certificate.accuracy(data.y_test):.1%}, at 0.25 {certificate.a
 kept = hkr.to_lipschitz(plain, activation=None, print_fn=None)
 fresh = keras.models.clone_model(robust)
 orthogonal = hkr.to_lipschitz(plain, replace={layers.Conv2D: hkr.layers.OrthogonalConv2D}, print_fn=None)
-epochs = 1 if FAST else 3
+epochs = 3
 curves = {
     "converted, not trained": hkr.certify(kept, data.x_test, verbose=0),
     "from scratch": train(fresh, epochs),
@@ -155,14 +156,14 @@ def build(choices):
 tuner = keras_tuner.RandomSearch(
     build,
     objective=keras_tuner.Objective("val_certified_accuracy", "max"),
-    max_trials=1 if FAST else 4,
+    max_trials=4,
     seed=0,
     directory=folder,
 )
 tuner.search(
     *(data.x_train[:1000], data.y_train[:1000]),
     validation_data=(data.x_train[1000:], data.y_train[1000:]),
-    epochs=1 if FAST else 3,
+    epochs=3,
     callbacks=[hkr.callbacks.Orthonormalize()],
     verbose=0,
 )

@@ -22,12 +22,13 @@
 import importlib.util
 import os
 
-if importlib.util.find_spec("hkr_keras") is None:  # on Colab
-    # %pip install --quiet "hkr_keras[plots,sklearn,transport] @ git+https://github.com/hkr-keras/hkr_keras"
-    pass
+if importlib.util.find_spec("hkr_keras") is None:
+    place = "git+https://github.com/hkr-keras/hkr_keras"
+    if os.path.exists("../setup.cfg"):  # in a clone
+        place = "file://" + os.path.abspath("..")
+    # %pip install --quiet "hkr_keras[plots,sklearn,transport] @ {place}"
 
 os.environ.setdefault("KERAS_BACKEND", "jax")  # or "tensorflow", or "torch"
-FAST = bool(os.environ.get("HKR_FAST"))  # set by the tests
 
 # %%
 import keras
@@ -43,7 +44,6 @@ x, y = data.x_train[:200], data.y_train[:200]
 
 def trained(loss, epochs=60, rate=2e-2):
     """A network after full-batch training on 200 points, 20 steps an epoch."""
-    epochs = 2 if FAST else epochs
     keras.utils.set_random_seed(0)
     model = hkr.models.lipschitz_mlp((2,), 1, widths=(64, 64, 64, 32))
     model.compile(keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(rate, 20 * epochs)), loss=loss)
@@ -102,7 +102,7 @@ plt.show()
 # with a margin above half the distance of the moons no function can satisfy the hinge, and accuracy pays.
 
 # %%
-settings = [(1, 0.1), (1, 0.6), (100, 0.1), (100, 0.6)][: 1 if FAST else 4]
+settings = [(1, 0.1), (1, 0.6), (100, 0.1), (100, 0.6)]
 fig, axes = plt.subplots(2, 2, figsize=(12, 7), layout="constrained")
 grid = {}
 for ax, (alpha, margin) in zip(axes.ravel(), settings, strict=False):

@@ -22,12 +22,13 @@
 import importlib.util
 import os
 
-if importlib.util.find_spec("hkr_keras") is None:  # on Colab
-    # %pip install --quiet "hkr_keras[plots,sklearn,transport] @ git+https://github.com/hkr-keras/hkr_keras"
-    pass
+if importlib.util.find_spec("hkr_keras") is None:
+    place = "git+https://github.com/hkr-keras/hkr_keras"
+    if os.path.exists("../setup.cfg"):  # in a clone
+        place = "file://" + os.path.abspath("..")
+    # %pip install --quiet "hkr_keras[plots,sklearn,transport] @ {place}"
 
 os.environ.setdefault("KERAS_BACKEND", "jax")  # or "tensorflow", or "torch"
-FAST = bool(os.environ.get("HKR_FAST"))  # set by the tests
 
 # %%
 import keras
@@ -74,14 +75,16 @@ def show(found, exact):
 
 
 # %%
-found, model = estimates(x, y, (64, 64, 32), epochs=3 if FAST else 40, rate=2e-2)
+found, model = estimates(x, y, (64, 64, 32), epochs=40, rate=2e-2)
 show(found, wasserstein1(x, y))
 
 # %% [markdown]
-# The network is a potential: its level lines cross the way of the transport at right angles.
+# The network is a potential: its level lines cross the way of the transport at right angles. Only differences of scores
+# have a meaning here, since the loss does not change when a constant is added.
 
 # %%
-hkr.plotting.plot_field(model, np.concatenate([x, y]), np.repeat([1, 0], [300, 300]), circles=0)
+labels = np.repeat([1, 0], [len(x), len(y)])
+hkr.plotting.plot_field(model, np.concatenate([x, y]), labels, circles=0, names=["y", "x"], boundary=False)
 plt.show()
 
 # %% [markdown]
@@ -96,7 +99,7 @@ data = hkr.datasets.load("digits")
 zeros, eights = (data.x_train[data.y_train == digit] for digit in (0, 8))
 exact = wasserstein1(zeros, eights)
 for optimizer, rate in ((keras.optimizers.Adam, 5e-3), (hkr.optimizers.StiefelMuon, 2e-2)):
-    widths, epochs = ((64, 64), 1) if FAST else ((256,) * 6, 20)
+    widths, epochs = (256,) * 6, 20
     found, _ = estimates(zeros, eights, widths, epochs, rate, optimizer)
     print(f"{optimizer.__name__}, widths {widths}:")
     show(found, exact)

@@ -21,12 +21,13 @@
 import importlib.util
 import os
 
-if importlib.util.find_spec("hkr_keras") is None:  # on Colab
-    # %pip install --quiet "hkr_keras[plots,sklearn] @ git+https://github.com/hkr-keras/hkr_keras"
-    pass
+if importlib.util.find_spec("hkr_keras") is None:
+    place = "git+https://github.com/hkr-keras/hkr_keras"
+    if os.path.exists("../setup.cfg"):  # in a clone
+        place = "file://" + os.path.abspath("..")
+    # %pip install --quiet "hkr_keras[plots,sklearn] @ {place}"
 
 os.environ.setdefault("KERAS_BACKEND", "jax")  # or "tensorflow", or "torch"
-FAST = bool(os.environ.get("HKR_FAST"))  # set by the tests
 
 # %%
 import keras
@@ -66,7 +67,7 @@ zero_or_eight = trained(
     hkr.losses.HKR(alpha=10, margin=0.5),
     x_train,
     y_train,
-    epochs=3 if FAST else 60,
+    epochs=60,
     rate=1e-2,
 )
 certificate = hkr.certify(zero_or_eight, x_test, verbose=0)
@@ -112,7 +113,7 @@ ten = trained(
     hkr.losses.MulticlassHKR(alpha=20, margin=0.5),
     data.x_train,
     data.y_train,
-    epochs=2 if FAST else 30,
+    epochs=30,
     rate=1e-2,
 )
 print(f"accuracy {hkr.certify(ten, data.x_test, verbose=0).accuracy(data.y_test):.1%}")
@@ -146,7 +147,7 @@ ordinary = trained(
     keras.losses.SparseCategoricalCrossentropy(from_logits=True),
     data.x_train,
     data.y_train,
-    epochs=1 if FAST else 15,
+    epochs=15,
     rate=1e-3,
 )
 judge = KNeighborsClassifier(5).fit(data.x_train.reshape(-1, 64), data.y_train)

@@ -21,12 +21,13 @@
 import importlib.util
 import os
 
-if importlib.util.find_spec("hkr_keras") is None:  # on Colab
-    # %pip install --quiet "hkr_keras[attacks,plots,sklearn] @ git+https://github.com/hkr-keras/hkr_keras"
-    pass
+if importlib.util.find_spec("hkr_keras") is None:
+    place = "git+https://github.com/hkr-keras/hkr_keras"
+    if os.path.exists("../setup.cfg"):  # in a clone
+        place = "file://" + os.path.abspath("..")
+    # %pip install --quiet "hkr_keras[attacks,plots,sklearn] @ {place}"
 
 os.environ.setdefault("KERAS_BACKEND", "jax")  # or "tensorflow", or "torch"
-FAST = bool(os.environ.get("HKR_FAST"))  # set by the tests
 
 # %%
 import dataclasses
@@ -40,9 +41,9 @@ from hkr_keras.attacks import BrokenCertificate, evaluate_robustness
 
 keras.utils.set_random_seed(0)
 data = hkr.datasets.load("digits")
-x, y = (data.x_test[:32], data.y_test[:32]) if FAST else (data.x_test, data.y_test)
+x, y = data.x_test, data.y_test
 EPSILONS = (0.1, 0.25, 0.5)
-STEPS = 5 if FAST else 40
+STEPS = 40
 
 
 def trained(model, loss, epochs, rate):
@@ -56,7 +57,7 @@ def trained(model, loss, epochs, rate):
 model = trained(
     hkr.models.lipschitz_mlp((8, 8, 1), 10),
     hkr.losses.LogSumExpHKR(alpha=100, margin=0.5),
-    epochs=2 if FAST else 20,
+    epochs=20,
     rate=1e-2,
 )
 
@@ -113,7 +114,7 @@ layers += [keras.layers.Dense(width, activation="relu") for width in (256, 128, 
 ordinary = trained(
     keras.Sequential([*layers, keras.layers.Dense(10)]),
     keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-    epochs=2 if FAST else 20,
+    epochs=20,
     rate=1e-3,
 )
 other = evaluate_robustness(ordinary, x, y, EPSILONS, steps=STEPS, verbose=False)

@@ -20,12 +20,13 @@
 import importlib.util
 import os
 
-if importlib.util.find_spec("hkr_keras") is None:  # on Colab
-    # %pip install --quiet "hkr_keras[plots,sklearn] @ git+https://github.com/hkr-keras/hkr_keras"
-    pass
+if importlib.util.find_spec("hkr_keras") is None:
+    place = "git+https://github.com/hkr-keras/hkr_keras"
+    if os.path.exists("../setup.cfg"):  # in a clone
+        place = "file://" + os.path.abspath("..")
+    # %pip install --quiet "hkr_keras[plots,sklearn] @ {place}"
 
 os.environ.setdefault("KERAS_BACKEND", "jax")  # or "tensorflow", or "torch"
-FAST = bool(os.environ.get("HKR_FAST"))  # set by the tests
 
 # %%
 import keras
@@ -39,7 +40,6 @@ import hkr_keras as hkr
 def one_class(x, widths, margin, epochs, box=None, batch_size=64):
     """A score trained on one class against uniform outliers."""
     keras.utils.set_random_seed(0)
-    epochs = 2 if FAST else epochs
     model = hkr.models.lipschitz_mlp(x.shape[1:], 1, widths)
     steps = epochs * -(-2 * len(x) // batch_size)
     schedule = keras.optimizers.schedules.CosineDecay(1e-2, steps)
@@ -121,7 +121,7 @@ keras.utils.set_random_seed(0)
 regression = hkr.models.lipschitz_mlp((10,), 1, (64, 32))
 regression.add(hkr.layers.Scale(2.0))
 regression.compile(keras.optimizers.Adam(3e-3), loss="mse")
-regression.fit(x_train, y_train, epochs=2 if FAST else 40, verbose=0)
+regression.fit(x_train, y_train, epochs=40, verbose=0)
 interval = hkr.certify_outputs(regression, x_test, epsilon=0.1, verbose=0)
 explained = 1 - np.mean((interval.value[:, 0] - y_test) ** 2) / np.var(y_test)
 print(f"explained variance {explained:.2f}, proven constant {interval.bound:.3f}")
