@@ -150,7 +150,7 @@ LARGE = {
 }
 
 
-@pytest.mark.many
+@pytest.mark.once
 @pytest.mark.parametrize("name", LARGE)
 def test_memory_is_small_for_every_window(name):
     """Less than 1 GiB for any kernel of up to 1e5 weights; above the symbol at random frequencies all the same."""
@@ -176,6 +176,7 @@ def test_memory_is_small_for_every_window(name):
         assert 0.1 * spectrum.largest < reached <= spectrum.bound
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("window", [(12,), (5, 4), (3, 3, 2)])
 @pytest.mark.parametrize(("channels", "blocks"), [(1, 3), (3, 1), (18, 1)])
 @pytest.mark.parametrize("products", [True, False])

@@ -106,6 +106,7 @@ def test_a_graph_with_shared_and_nested_layers(tmp_path):
     np.testing.assert_array_equal(to_numpy(again(x)["scores"]), to_numpy(plain(x)["scores"]))
 
 
+@pytest.mark.once
 def test_the_file_loads_where_this_package_cannot_be_imported(tmp_path):
     model = keras.Sequential([keras.Input((8, 8, 1)), *hkr.models.lipschitz_cnn((8, 8, 1), 3, orthogonal=True).layers])
     x = normal((2, 8, 8, 1))
