@@ -19,7 +19,7 @@ CONTRACT = {
         "LipschitzDense LipschitzConv1D LipschitzConv2D LipschitzConv3D LipschitzConv1DTranspose "
         "LipschitzConv2DTranspose LipschitzConv3DTranspose LipschitzDepthwiseConv1D LipschitzDepthwiseConv2D "
         "LipschitzSeparableConv1D LipschitzSeparableConv2D GroupSort MaxMin FullSort Householder L2NormPooling1D "
-        "L2NormPooling2D ScaledAveragePooling1D ScaledAveragePooling2D GlobalL2NormPooling1D GlobalL2NormPooling2D "
+        "L2NormPooling2D L2NormPooling3D ScaledAveragePooling1D ScaledAveragePooling2D ScaledAveragePooling3D GlobalL2NormPooling1D GlobalL2NormPooling2D "
         "ScaledGlobalAveragePooling1D ScaledGlobalAveragePooling2D InvertibleDownsampling2D InvertibleUpsampling2D "
         "LayerCentering BatchCentering LipschitzResidual Scale "
         "OrthogonalConv1D OrthogonalConv2D OrthogonalConv1DTranspose OrthogonalConv2DTranspose "

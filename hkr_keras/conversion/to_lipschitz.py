@@ -34,12 +34,17 @@ COUNTERPARTS: dict[type, type] = {
     **{getattr(_k, name): getattr(layers, f"Lipschitz{name}") for name in _SAME_NAME},
     _k.AveragePooling1D: layers.ScaledAveragePooling1D,
     _k.AveragePooling2D: layers.ScaledAveragePooling2D,
+    _k.AveragePooling3D: layers.ScaledAveragePooling3D,
     _k.GlobalAveragePooling1D: layers.ScaledGlobalAveragePooling1D,
     _k.GlobalAveragePooling2D: layers.ScaledGlobalAveragePooling2D,
     _k.BatchNormalization: layers.BatchCentering,
     _k.Add: layers.LipschitzResidual,
 }
-_OVERLAPPING = {_k.MaxPooling1D: layers.L2NormPooling1D, _k.MaxPooling2D: layers.L2NormPooling2D}
+_OVERLAPPING = {
+    _k.MaxPooling1D: layers.L2NormPooling1D,
+    _k.MaxPooling2D: layers.L2NormPooling2D,
+    _k.MaxPooling3D: layers.L2NormPooling3D,
+}
 _RECTIFIERS = (
     *(_a.relu, _a.relu6, _a.leaky_relu, _a.elu, _a.celu, _a.selu, _a.gelu, _a.silu, _a.mish, _a.hard_silu),
     *(_a.softplus, _a.squareplus, _a.sparse_plus),

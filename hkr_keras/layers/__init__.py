@@ -31,8 +31,10 @@ from hkr_keras.layers.pooling import (
     InvertibleUpsampling2D,
     L2NormPooling1D,
     L2NormPooling2D,
+    L2NormPooling3D,
     ScaledAveragePooling1D,
     ScaledAveragePooling2D,
+    ScaledAveragePooling3D,
     ScaledGlobalAveragePooling1D,
     ScaledGlobalAveragePooling2D,
 )
@@ -52,6 +54,7 @@ __all__ = [
     "InvertibleUpsampling2D",
     "L2NormPooling1D",
     "L2NormPooling2D",
+    "L2NormPooling3D",
     "LayerCentering",
     "LipschitzConv1D",
     "LipschitzConv1DTranspose",
@@ -78,6 +81,7 @@ __all__ = [
     "Scale",
     "ScaledAveragePooling1D",
     "ScaledAveragePooling2D",
+    "ScaledAveragePooling3D",
     "ScaledGlobalAveragePooling1D",
     "ScaledGlobalAveragePooling2D",
 ]

@@ -26,6 +26,7 @@ def _l2_norm(mean, inputs, cells):
 class _WindowPooling:
     """What the window layers share. Mixin before a Keras average pooling layer, which owns the constructor."""
 
+    name: str
     pool_size: tuple[int, ...]
     strides: tuple[int, ...]
     padding: str
@@ -59,6 +60,13 @@ class _WindowPooling:
         rank = len(self.pool_size)
         if self.padding == "valid":
             return new(getattr(keras.layers, f"AveragePooling{rank}D"), self.pool_size, **settings)(x)
+        if rank == 3:  # Keras has no depthwise convolution of volumes
+            first = 1 if self.data_format == "channels_last" else 2
+            if None in x.shape[first : first + rank]:
+                raise ValueError(f"Expected inputs of known size to convert '{self.name}'. Received: shape={x.shape}")
+            border = tuple(self._border(x.shape)[first : first + rank])
+            padded = new(keras.layers.ZeroPadding3D, border, data_format=self.data_format)(x)
+            return new(keras.layers.AveragePooling3D, self.pool_size, **{**settings, "padding": "valid"})(padded)
         channels = x.shape[-1 if self.data_format == "channels_last" else 1]
         window = ops.convert_to_numpy(ops.full((*self.pool_size, channels, 1), 1 / math.prod(self.pool_size)))
         cls = getattr(keras.layers, f"DepthwiseConv{rank}D")
@@ -164,6 +172,22 @@ class ScaledAveragePooling2D(_ScaledAverage, keras.layers.AveragePooling2D):
 
 
 @registered
+class ScaledAveragePooling3D(_ScaledAverage, keras.layers.AveragePooling3D):
+    """`keras.layers.AveragePooling3D` times the root of the window size: norm 1 instead of `1 / sqrt(size)`.
+
+    As `ScaledAveragePooling1D`, in three dimensions.
+
+    Input and output shapes: those of `keras.layers.AveragePooling3D`.
+
+    Example:
+
+    >>> import numpy as np, hkr_keras as hkr
+    >>> round(float(hkr.layers.ScaledAveragePooling3D(2)(np.ones((1, 2, 2, 2, 1), "float32"))[0, 0, 0, 0, 0]) ** 2, 4)
+    8.0
+    """
+
+
+@registered
 class L2NormPooling1D(_L2Norm, keras.layers.AveragePooling1D):
     """The Euclidean norm of every window: 1-Lipschitz, and it keeps the norm of the input.
 
@@ -196,6 +220,22 @@ class L2NormPooling2D(_L2Norm, keras.layers.AveragePooling2D):
     >>> import numpy as np, hkr_keras as hkr
     >>> float(hkr.layers.L2NormPooling2D(2)(np.ones((1, 2, 2, 1), "float32"))[0, 0, 0, 0])
     2.0
+    """
+
+
+@registered
+class L2NormPooling3D(_L2Norm, keras.layers.AveragePooling3D):
+    """The Euclidean norm of every window: 1-Lipschitz, and it keeps the norm of the input.
+
+    As `L2NormPooling1D`, in three dimensions.
+
+    Input and output shapes: those of `keras.layers.AveragePooling3D`.
+
+    Example:
+
+    >>> import numpy as np, hkr_keras as hkr
+    >>> round(float(hkr.layers.L2NormPooling3D(2)(np.ones((1, 2, 2, 2, 1), "float32"))[0, 0, 0, 0, 0]) ** 2, 4)
+    8.0
     """
 
 

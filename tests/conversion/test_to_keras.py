@@ -19,16 +19,15 @@ def _cases():
     for n, shape in ((1, SEQUENCE), (2, IMAGE), (3, (4, 4, 4, 2))):
         yield getattr(L, f"LipschitzConv{n}D")(4, 3, padding="same", activation="relu"), shape
         yield getattr(L, f"LipschitzConv{n}DTranspose")(4, 3, strides=2), shape
+        for kind in ("ScaledAverage", "L2Norm"):
+            yield getattr(L, f"{kind}Pooling{n}D")(2), shape
+            yield getattr(L, f"{kind}Pooling{n}D")(3, 2, padding="same"), shape
     for n, shape in ((1, SEQUENCE), (2, IMAGE)):
         yield getattr(L, f"LipschitzDepthwiseConv{n}D")(3, padding="same", depth_multiplier=2), shape
         yield getattr(L, f"LipschitzSeparableConv{n}D")(4, 3, padding="same"), shape
         for padding in ("same", "valid", "circular"):
             yield getattr(L, f"OrthogonalConv{n}D")(8, 3, strides=2, padding=padding, activation="relu"), shape
             yield getattr(L, f"OrthogonalConv{n}DTranspose")(4, 3, strides=2, padding=padding), shape
-        yield getattr(L, f"ScaledAveragePooling{n}D")(2), shape
-        yield getattr(L, f"ScaledAveragePooling{n}D")(3, 2, padding="same"), shape
-        yield getattr(L, f"L2NormPooling{n}D")(2), shape
-        yield getattr(L, f"L2NormPooling{n}D")(3, 2, padding="same"), shape
         yield getattr(L, f"ScaledGlobalAveragePooling{n}D")(), shape
         yield getattr(L, f"GlobalL2NormPooling{n}D")(keepdims=True), shape
     yield L.LipschitzDense(4), VECTOR

@@ -45,10 +45,12 @@ POOLS = [
     ((3, 2), (2, 2), "same", (5, 5)),
     ((2, 3), None, "same", (5, 5)),
     ((3, 3), None, "valid", (7, 8)),
+    ((2, 2, 2), None, "valid", (4, 2, 3)),
+    ((2, 3, 2), (1, 2, 2), "same", (3, 4, 5)),
 ]
 KINDS = {
-    "average": (L.ScaledAveragePooling1D, L.ScaledAveragePooling2D),
-    "l2": (L.L2NormPooling1D, L.L2NormPooling2D),
+    "average": (L.ScaledAveragePooling1D, L.ScaledAveragePooling2D, L.ScaledAveragePooling3D),
+    "l2": (L.L2NormPooling1D, L.L2NormPooling2D, L.L2NormPooling3D),
 }
 
 

@@ -110,13 +110,14 @@ rule(
     rounding=_sums,
 )
 rule(
-    *(layers.ScaledAveragePooling1D, layers.ScaledAveragePooling2D),
+    *(layers.ScaledAveragePooling1D, layers.ScaledAveragePooling2D, layers.ScaledAveragePooling3D),
     *(layers.ScaledGlobalAveragePooling1D, layers.ScaledGlobalAveragePooling2D),
     bound=1.0,
     rounding=_sums,
 )
 rule(
-    *(layers.L2NormPooling1D, layers.L2NormPooling2D, layers.GlobalL2NormPooling1D, layers.GlobalL2NormPooling2D),
+    *(layers.L2NormPooling1D, layers.L2NormPooling2D, layers.L2NormPooling3D),
+    *(layers.GlobalL2NormPooling1D, layers.GlobalL2NormPooling2D),
     bound=1.0,
     rounding=_norms,
 )
