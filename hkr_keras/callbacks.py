@@ -1,42 +1,75 @@
-"""Callbacks: keep kernels orthonormal from outside, and put proven numbers into the logs."""
+"""Callbacks: keep kernels on their constraint sets, and put proven numbers into the logs."""
 
+import functools
+import warnings
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import keras
+import numpy as np
 
-from hkr_keras import constraints
+from hkr_keras import constraints, losses, margins
+from hkr_keras._hints import renamed
 from hkr_keras._registration import registered
+from hkr_keras._validation import number
 from hkr_keras.certification.bounds import lipschitz_bound
 from hkr_keras.certification.certificates import certify
 from hkr_keras.certification.singular_values import kernel_spectrum
-from hkr_keras.geometry import flattened_layers, kernel_geometries
+from hkr_keras.geometry import flattened_layers, kernel_geometries, model_kernels
+
+__all__ = ["CertifiedEvaluation", "LipschitzMonitor", "Orthonormalize"]
+
+__getattr__ = renamed(
+    __name__,
+    {
+        "CondenseCallback": "nothing (the stored kernel is the one that is used)",
+        "MonitorCallback": "LipschitzMonitor",
+        "LossParamScheduler": "a callback that sets loss.alpha, loss.margin or loss.temperature",
+    },
+)
+
+#: What reads all weights of a model while it trains: savers, early stopping, and whatever restores later.
+_READERS = ("get_weights", "save", "save_weights", "export")
 
 
 @registered
 class Orthonormalize(keras.callbacks.Callback):
-    """Re-orthonormalises kernels after each optimizer step, and to full precision at epoch and train end.
+    """Projects kernels onto their constraint sets: after optimizer steps, and to full precision when it matters.
 
-    Kernels of this package's layers carry a constraint, which the optimizer applies after each step; the
-    callback polishes them, and repairs what runs behind the constraint (weight averaging, loaded weights).
-    Kernels of plain Keras Dense and convolution layers carry none: the callback projects them itself, with the
-    same geometry, so a plain model becomes 1-Lipschitz layer by layer. Kernels with the constraint
+    Kernels of this package's layers carry a constraint, which the optimizer applies after each step; the callback
+    projects them to full precision, and repairs what the constraint does not see (weight averaging, loaded weights).
+    In a model of plain Keras layers it makes the kernels of Dense and convolution layers orthonormal by itself, with
+    the same geometry, so that a plain model becomes 1-Lipschitz layer by layer. Kernels with the constraint
     `DeferredOrthonormal()` wait for the callback in the same way. Both are left alone in frozen layers.
 
+    Whatever `every` is, all of them are projected to full precision when training begins and ends, before the model is
+    validated, and before its weights are saved or kept while it trains (`save`, `save_weights`, `export`,
+    `get_weights`). So validation, `ModelCheckpoint` and `EarlyStopping(restore_best_weights=True)` see a model on the
+    constraint set, with the averages of `SwapEMAWeights` too, in whatever order the callbacks are listed.
+
+    A warning is given when training begins with a loss of raw scores and a metric with a threshold other than 0, such
+    as Keras's `"accuracy"`, which compares scores with 0.5.
+
     Args:
-        every: when to project the kernels that wait for it: `"batch"` (after each optimizer step), an integer n
-            (after every n batches, counted from the start of training), `"epoch"` or `"train_end"`. Between two
+        every: when to project the kernels that no optimizer projects: `"batch"` (after each optimizer step), an integer
+            n (after every n batches, counted from the start of training), `"epoch"` or `"train_end"`. Between two
             projections such kernels are off the constraint set; `lipschitz_bound` tells by how much.
+        layers: whose kernels to project of the layers without a constraint: names of layers, layers, or a function of a
+            layer that returns a boolean. A nested model stands for all that is in it. By default all of them in a
+            model of plain layers, and none in a model that holds layers of this package with kernels, whose plain
+            layers are another part: a generator, a pretrained backbone.
+        verbose: 1 to print once, when training begins, which kernels are projected, 0 not to; `"auto"` as in `fit`.
 
     Raises:
-        ValueError: for another value of `every`; when training begins, for kernels that wait under
-            `every="batch"` or n with `steps_per_execution > 1` (a callback runs once for several steps), and for
-            plain kernels that carry a constraint of another library.
+        ValueError: for another value of `every`; when training begins, for layers that the model does not have, for
+            kernels that no optimizer projects under `every="batch"` or n with `steps_per_execution > 1` (a callback
+            runs once for several steps), and for plain kernels that carry a constraint of another library.
 
     Example:
 
     >>> import keras, numpy as np, hkr_keras as hkr
     >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3), keras.layers.Dense(1)])
-    >>> model.compile("adam", hkr.losses.HKR())
+    >>> model.compile("adam", hkr.losses.HKR(), metrics=[hkr.metrics.Accuracy()])
     >>> x, y = np.random.default_rng(0).normal(size=(32, 4)), np.arange(32) % 2
     >>> history = model.fit(x, y, verbose=0, callbacks=[hkr.callbacks.Orthonormalize()])
     >>> bool(hkr.lipschitz_bound(model) < 1 + 1e-5)
@@ -46,30 +79,42 @@ class Orthonormalize(keras.callbacks.Callback):
         Björck and Bowie 1971; Serrurier et al., CVPR 2021 (arXiv 2006.06520), section 4.
     """
 
-    def __init__(self, every: str | int = "batch"):
+    def __init__(
+        self, every: str | int = "batch", layers: constraints.Layers = None, verbose: int | str = "auto"
+    ) -> None:
         super().__init__()
         is_number = isinstance(every, int) and not isinstance(every, bool) and every >= 1
         if not is_number and every not in ("batch", "epoch", "train_end"):
             raise ValueError(
                 f"Expected 'batch', 'epoch', 'train_end' or an integer of at least 1. Received: every={every}"
             )
-        self.every = every
+        self.every, self.layers, self.verbose = every, layers, verbose
         self._period = every if isinstance(every, int) else {"batch": 1}.get(every)
         self._batches = 0
         self._waiting: list = []  # kernels that no optimizer projects, each with its constraint
         self._project_waiting: Callable | None = None
+        self._is_training = self._has_said = False
 
-    def get_config(self) -> dict:
-        return {"every": self.every}
+    def get_config(self) -> dict[str, Any]:
+        layers: Any = self.layers
+        if callable(layers) and not isinstance(layers, keras.layers.Layer):
+            layers = keras.saving.serialize_keras_object(layers)
+        elif layers is not None:
+            listed = [layers] if isinstance(layers, str | keras.layers.Layer) else layers
+            layers = [item if isinstance(item, str) else item.name for item in listed]
+        return {"every": self.every, "layers": layers, "verbose": self.verbose}
 
     @classmethod
-    def from_config(cls, config: dict) -> "Orthonormalize":
-        return cls(**config)
+    def from_config(cls, config: dict[str, Any]) -> "Orthonormalize":
+        layers = config.get("layers")
+        return cls(**{**config, "layers": keras.saving.deserialize_keras_object(layers)})
 
-    def on_train_begin(self, logs=None):
-        waiting = [
-            target for target in constraints.constrained_kernels(self.model) if constraints.is_deferred(target[1])
-        ]
+    def __repr__(self) -> str:
+        return f"Orthonormalize(every={self.every!r}, layers={self.layers!r})"
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        kernels = list(constraints.constrained_kernels(self.model, self.layers))
+        waiting = [target for target in kernels if constraints.is_deferred(target[1])]
         self._waiting = [(kernel, constraint) for _, kernel, constraint in waiting]
         self._batches, self._project_waiting = 0, None
         if waiting and self._period and self.model.steps_per_execution > 1:
@@ -79,9 +124,13 @@ class Orthonormalize(keras.callbacks.Callback):
                 f"Received: steps_per_execution={self.model.steps_per_execution}, every={self.every!r} and layers "
                 f"without a constraint or with DeferredOrthonormal(): {', '.join(layer.name for layer, *_ in waiting)}"
             )
+        self._say(kernels)
         self._polish()
+        self._is_training = True
+        for name in _READERS:
+            setattr(self._model, name, _after(self._polish, getattr(type(self._model), name), self._model))
 
-    def on_train_batch_end(self, batch, logs=None):
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         self._batches += 1
         if self._waiting and self._period and self._batches % self._period == 0:
             _ = self.model  # on JAX this brings the values back
@@ -89,25 +138,90 @@ class Orthonormalize(keras.callbacks.Callback):
                 self._project_waiting = constraints.projection(self._waiting)
             self._project_waiting()
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         if self.every != "train_end":
             self._polish()
 
-    def on_test_begin(self, logs=None):
-        if self._uses_averages():  # SwapEMAWeights has just put unprojected averages in place
+    def on_test_begin(self, logs: Any = None) -> None:
+        if self._is_training or self._uses_averages():
             self._polish()
 
-    def on_train_end(self, logs=None):
+    def on_test_batch_begin(self, batch: int, logs: Any = None) -> None:
+        if batch == 0 and self._uses_averages():  # a SwapEMAWeights that is listed later has put averages in place
+            self._polish()
+
+    def on_train_end(self, logs: Any = None) -> None:
         self._polish()
-        self._waiting, self._project_waiting = [], None  # a callback without tensors can be copied
+        self._waiting, self._project_waiting, self._is_training = [], None, False  # without tensors it can be copied
+        for name in _READERS:
+            if name in vars(self._model):
+                delattr(self._model, name)
 
     def _uses_averages(self) -> bool:
         optimizer = getattr(self._model, "optimizer", None)
         optimizer = getattr(optimizer, "inner_optimizer", optimizer)
         return bool(getattr(optimizer, "use_ema", False))
 
-    def _polish(self):
-        constraints.project(self.model, polish=True)
+    def _polish(self) -> None:
+        constraints.project(self.model, polish=True, layers=self.layers)
+
+    def _say(self, kernels: list) -> None:
+        """Prints once what is projected and what is not, and warns of metrics that mislead."""
+        if self._has_said:
+            return
+        self._has_said = True
+        for name in _misleading_metrics(self.model):
+            warnings.warn(
+                f"The loss trains a raw score, which is positive for class 1, and the metric '{name}' compares it with "
+                "a threshold other than 0. Use hkr_keras.metrics.Accuracy(), or thresholds=0.",
+                stacklevel=2,
+            )
+        verbose = (self.params or {}).get("verbose", 0) if self.verbose == "auto" else self.verbose
+        if verbose:
+            projected = {id(kernel) for _, kernel, _ in kernels}
+            left = [layer.name for layer, kernel, _ in model_kernels(self.model) if id(kernel) not in projected]
+            print(f"Orthonormalize projects {_listed([layer.name for layer, *_ in kernels])}", end="")
+            print(f", and leaves alone {_listed(left)}." if left else ".")
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
+    return f"{len(names)} kernel{'s' * (len(names) != 1)}" + (f" ({shown})" if names else "")
+
+
+def _after(first: Callable[[], None], method: Callable, model: Any) -> Callable:
+    """A method of a model that runs `first` before each call."""
+
+    @functools.wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        first()
+        return method(model, *args, **kwargs)
+
+    return call
+
+
+def _misleading_metrics(model: Any) -> list[str]:
+    """Names of Keras's metrics that compare the raw scores of a model with a threshold other than 0."""
+    loss = getattr(model, "loss", None)
+    if isinstance(loss, str):
+        loss = keras.losses.get(loss)
+    hinges = (keras.losses.Hinge, keras.losses.SquaredHinge, keras.losses.hinge, keras.losses.squared_hinge)
+    is_raw = isinstance(loss, losses.KR | losses.HingeMargin | losses.HKR) or loss in hinges[2:]
+    is_raw = is_raw or isinstance(loss, hinges[:2])
+    if not is_raw and isinstance(loss, keras.losses.BinaryCrossentropy | keras.losses.BinaryFocalCrossentropy):
+        is_raw = loss.get_config()["from_logits"]
+    if not is_raw:
+        return []
+    compiled = [metric for group in model.metrics for metric in getattr(group, "metrics", [group])]
+    return [metric.name for metric in compiled if not _has_threshold_of_0(metric.get_config())]
+
+
+def _has_threshold_of_0(config: dict[str, Any]) -> bool:
+    """Whether a metric with that configuration compares scores with 0, or with nothing."""
+    if "from_logits" in config:  # AUC
+        return config["from_logits"]
+    given = [config[key] for key in ("threshold", "thresholds") if key in config]
+    return all(value is not None and not np.any(value) for value in given)
 
 
 class LipschitzMonitor(keras.callbacks.Callback):
@@ -115,6 +229,9 @@ class LipschitzMonitor(keras.callbacks.Callback):
 
     Keys: `lipschitz_bound` (of the model), `sigma_min` and `sigma_max` (over all kernels), so that every logger
     of Keras sees them. List it before the loggers.
+
+    Raises:
+        ValueError: when training begins, for a model with a layer that has no bound.
 
     Example:
 
@@ -126,7 +243,10 @@ class LipschitzMonitor(keras.callbacks.Callback):
     ['lipschitz_bound', 'loss', 'sigma_max', 'sigma_min']
     """
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_train_begin(self, logs: Any = None) -> None:
+        lipschitz_bound(self.model)  # a layer without a bound is refused now, not after an epoch
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         if logs is None:
             return
         model = self.model
@@ -154,6 +274,10 @@ class CertifiedEvaluation(keras.callbacks.Callback):
         batch_size: inputs per batch.
         rigorous: whether the numbers cover the rounding of the float32 network, as in `certify`.
 
+    Raises:
+        ValueError: when training begins, for what `certify` refuses (a layer without a bound, inputs of another shape
+            or type than the model's), labels that do not fit, and a negative epsilon.
+
     Example:
 
     >>> import keras, numpy as np, hkr_keras as hkr
@@ -165,12 +289,29 @@ class CertifiedEvaluation(keras.callbacks.Callback):
     True
     """
 
-    def __init__(self, x, y, epsilons: Iterable[float], batch_size: int = 128, rigorous: bool = False):
+    def __init__(
+        self, x: Any, y: Any, epsilons: Iterable[float], batch_size: int = 128, rigorous: bool = False
+    ) -> None:
         super().__init__()
         self.x, self.y, self.epsilons = x, y, tuple(epsilons)
         self.batch_size, self.rigorous = batch_size, rigorous
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_train_begin(self, logs: Any = None) -> None:
+        for epsilon in self.epsilons:
+            number("epsilon", epsilon)
+        leaves = keras.tree.flatten(self.x)
+        if not all(len(getattr(leaf, "shape", ())) > 0 for leaf in leaves):  # a data set, which may be read once only
+            lipschitz_bound(self.model)
+            return
+        first = keras.tree.map_structure(lambda leaf: leaf[: self.batch_size], self.x)
+        certificate = certify(self.model, first, self.batch_size, verbose=0, rigorous=self.rigorous)
+        labels = None if self.y is None else margins.class_indices(self.y, certificate.classes)
+        if labels is not None and len(labels) != len(leaves[0]):
+            raise ValueError(
+                f"Expected as many labels as inputs. Received: len(y)={len(labels)}, len(x)={len(leaves[0])}"
+            )
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         if logs is None:
             return
         certificate = certify(self.model, self.x, self.batch_size, verbose=0, rigorous=self.rigorous)

@@ -14,6 +14,19 @@ from hkr_keras.geometry import Geometry, model_kernels
 
 Tensor = Any
 
+__all__ = [
+    "DeferredOrthonormal",
+    "LipschitzConstraint",
+    "Orthonormal",
+    "SpectralBall",
+    "UnitNorm",
+    "constrained_kernels",
+    "get",
+    "is_deferred",
+    "project",
+    "projection",
+]
+
 _MAX_POLISHING_STEPS = 60
 _POLISHED = 1e-6  # largest entry of |W^T W - I| at which float32 has little left to gain
 
@@ -244,7 +257,7 @@ def get(constraint) -> LipschitzConstraint:
     return constraint
 
 
-def is_deferred(kernel) -> bool:
+def is_deferred(kernel: Any) -> bool:
     """Whether no optimizer of Keras projects the kernel: it has no constraint, or `DeferredOrthonormal`.
 
     Example:
@@ -256,14 +269,32 @@ def is_deferred(kernel) -> bool:
     return kernel.constraint is None or isinstance(kernel.constraint, DeferredOrthonormal)
 
 
-def constrained_kernels(model) -> Iterator[tuple[keras.layers.Layer, Any, LipschitzConstraint]]:
-    """Every `(layer, variable, constraint)` of a model to be projected: `Orthonormal` where a layer has no constraint.
+#: Which layers to project whose kernels have no constraint: names, layers, a function of a layer, or the rule (`None`).
+Layers = Sequence[str | keras.layers.Layer] | Callable[[keras.layers.Layer], bool] | None
 
-    Frozen layers whose kernels wait for the callback are left out, and so are weights whose geometry is unknown
-    (`EinsumDense`, attention, recurrent layers), which `lipschitz_bound` refuses by name.
+
+def constrained_kernels(
+    model: keras.layers.Layer, layers: Layers = None
+) -> Iterator[tuple[keras.layers.Layer, Any, LipschitzConstraint]]:
+    """Every `(layer, variable, constraint)` of a model to be projected.
+
+    - Kernels with a constraint of this package, in trainable and in frozen layers; those with `DeferredOrthonormal`,
+      which the optimizer leaves alone, in trainable layers only.
+    - Kernels of plain trainable layers, which have no constraint and get `Orthonormal`: those that `layers` names;
+      without it all of them in a model that consists of plain layers, and none in a model that holds kernels with
+      constraints of this package, or layers that compose their kernel, such as `AOLDense`. There the plain layers
+      belong to a part that is not meant to be Lipschitz, such as a generator or a pretrained backbone.
+
+    Weights whose geometry is unknown (of `EinsumDense`, attention, recurrent layers) are left out; `lipschitz_bound`
+    refuses such layers by name.
+
+    Args:
+        model: a built model.
+        layers: names of layers or layers of the model (a nested model stands for all that is in it), or a function of
+            a layer that says whether to project its kernels.
 
     Raises:
-        ValueError: for a kernel with a constraint of another library.
+        ValueError: for a kernel with a constraint of another library, and for layers that the model does not have.
 
     Example:
 
@@ -271,36 +302,77 @@ def constrained_kernels(model) -> Iterator[tuple[keras.layers.Layer, Any, Lipsch
     >>> [type(constraint).__name__ for layer, kernel, constraint in constrained_kernels(model)]
     ['Orthonormal']
     """
-    for layer, kernel, geometry in model_kernels(model):
-        if layer.trainable or not is_deferred(kernel):
-            yield layer, kernel, Orthonormal().bind(geometry) if kernel.constraint is None else get(kernel.constraint)
+    kernels = list(model_kernels(model))
+    chosen = _chosen(model, layers)
+    for layer, kernel, geometry in kernels:
+        if kernel.constraint is not None:
+            if layer.trainable or not is_deferred(kernel):
+                yield layer, kernel, get(kernel.constraint)
+        elif layer.trainable and chosen(layer):
+            yield layer, kernel, Orthonormal().bind(geometry)
 
 
-def project(model, polish: bool = False) -> None:
-    """Moves all kernels of a model onto their constraint sets, in place.
+def _chosen(model: keras.layers.Layer, layers: Layers) -> Callable[[keras.layers.Layer], bool]:
+    """Whether to project the kernels of a layer that have no constraint."""
+    if layers is None:
+        is_plain = not any(_is_kept(layer) for layer in _inside(model))
+        return lambda layer: is_plain
+    if callable(layers) and not isinstance(layers, keras.layers.Layer):
+        return layers
+    listed = [layers] if isinstance(layers, str | keras.layers.Layer) else list(layers)
+    every = _inside(model)
+    found: list[Any] = []
+    for item in listed:
+        named = [layer for layer in every if layer is item or (isinstance(item, str) and layer.name == item)]
+        if not named:
+            raise ValueError(
+                "Expected names of layers, or layers, of the model, or a function of a layer. "
+                f"Received: layers={layers}, and {item!r} is not in model '{model.name}'"
+            )
+        found.extend(inner for layer in named for inner in _inside(layer))
+    return lambda layer: any(layer is other for other in found)
+
+
+def _is_kept(layer: keras.layers.Layer) -> bool:
+    """Whether a layer keeps its own kernels Lipschitz: by constraints of this package, or by how it composes them."""
+    weights = layer.weights if len(_inside(layer)) == 1 else []
+    if any(isinstance(getattr(weight, "constraint", None), LipschitzConstraint) for weight in weights):
+        return True
+    is_ours = keras.saving.get_registered_name(type(layer)).startswith("hkr_keras>")
+    return is_ours and any(len(weight.shape) > 1 for weight in weights)
+
+
+def _inside(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
+    """The layer and all layers in it, at any depth."""
+    return list(layer._flatten_layers())
+
+
+def project(model: keras.layers.Layer, polish: bool = False, layers: Layers = None) -> None:
+    """Moves the kernels of a model onto their constraint sets, in place.
 
     For training loops of one's own whose optimizer is not one of Keras, which would do so itself: call it after each
     step, and with `polish=True` at the end. Several processes that train equal weights each do it by themselves.
 
     Args:
-        model: a built model. Kernels without a constraint (of plain Keras Dense and convolution layers) become
-            orthonormal, unless frozen; all other weights, such as those of `EinsumDense`, stay as they are. Kernels
-            with a constraint are projected even in a frozen layer, where that changes them by rounding only.
+        model: a built model. `constrained_kernels` says which of its kernels are projected: those with constraints of
+            this package, and in a model of plain Keras layers the kernels of Dense and convolution layers, which
+            become orthonormal, unless frozen. All other weights stay as they are.
         polish: whether to project to full precision, as `callbacks.Orthonormalize` does after each epoch; otherwise one
             cheap projection, as after each step of a Keras optimizer.
+        layers: which plain layers to project, as in `constrained_kernels`.
 
     Raises:
-        ValueError: for a kernel with a constraint of another library.
+        ValueError: for a kernel with a constraint of another library, and for layers that the model does not have.
 
     Example:
 
     >>> import keras, numpy as np, hkr_keras as hkr
-    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3), hkr.layers.LipschitzDense(1)])
+    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3), keras.layers.Dense(1)])
     >>> hkr.constraints.project(model, polish=True)
     >>> bool(hkr.lipschitz_bound(model) < 1 + 1e-5)
     True
     """
-    for _, kernel, constraint in constrained_kernels(model):
+    for _, kernel, constraint in constrained_kernels(model, layers):
         value = ops.stop_gradient(ops.convert_to_tensor(kernel))
         kernel.assign(constraint.polish(value) if polish else constraint.project(value))
 

@@ -1,27 +1,68 @@
-"""HKR and its relatives: pure functions of per-sample values, and thin `keras.Loss` classes.
+"""Losses of 1-Lipschitz networks: pure functions of values per sample, and thin `keras.Loss` classes.
 
-Expectations are means under the sample weights, so a weight of 2 equals a sample given twice. Every function
-takes `(y_true, y_pred, ..., sample_weight=None)` and returns values `(n,)` whose weighted mean is the loss. When
-a batch is in parts on several replicas, class means are those of the whole batch (`hkr_keras._backends.replicas`).
+Expectations are means under the sample weights, so a weight of 2 equals a sample given twice. Every function takes
+`(y_true, y_pred, ..., sample_weight=None)` and returns values `(n,)` whose weighted mean is the loss. When a batch is
+split over several replicas, the means over a class are those of the whole batch, by one all-reduce.
+
+Labels follow the conventions of `hkr_keras.margins`. Labels that fit none of them raise a `ValueError` where their
+values can be seen; in a compiled step the loss and its gradient are NaN.
+
+The numbers of a loss (`alpha`, `margin`, `temperature`) are Keras variables. A callback may change them during
+training, by `loss.alpha.assign(10.0)` or `loss.alpha = 10.0`, and compiled steps see the change on every backend.
 """
 
-import math
 from typing import Any
 
 import keras
 from keras import ops
 
 from hkr_keras import margins
+from hkr_keras._backends.parameters import Parameter
+from hkr_keras._hints import refuse_old_arguments, renamed
 from hkr_keras._registration import registered
 from hkr_keras._validation import number
 
 Tensor = Any
 
+__all__ = [
+    "HKR",
+    "KR",
+    "HingeMargin",
+    "LogSumExpHKR",
+    "MarginCrossentropy",
+    "MultiMargin",
+    "MulticlassHKR",
+    "MulticlassHinge",
+    "MulticlassKR",
+    "SoftHKR",
+    "hinge",
+    "kr",
+    "log_sum_exp_hkr",
+    "margin_crossentropy",
+    "multi_margin",
+    "multiclass_hinge",
+    "multiclass_kr",
+    "soft_hkr",
+]
 
-def kr(y_true: Tensor, y_pred: Tensor, sample_weight=None) -> Tensor:
+__getattr__ = renamed(
+    __name__,
+    {
+        "HKRMulticlass": "MulticlassHKR",
+        "MultiMarginLoss": "MultiMargin",
+        "TauCategoricalCrossentropy": "MarginCrossentropy(tau, margin=0)",
+        "TauSparseCategoricalCrossentropy": "MarginCrossentropy(tau, margin=0)",
+        "TauBinaryCrossentropy": "margin_crossentropy(y, margins.two_logits(f), tau, margin=0)",
+        "CategoricalHinge": "relu(margin - margins.multiclass_margin(margins.one_hot(y, f), f))",
+    },
+)
+
+
+def kr(y_true: Tensor, y_pred: Tensor, sample_weight: Any = None) -> Tensor:
     """Kantorovich-Rubinstein term: the weighted mean is `E_-[f] - E_+[f]`.
 
-    A class that is missing from the batch counts as a mean of 0.
+    A class that is missing from the batch counts as a mean of 0. Several labels `(n, k)` are k binary problems, whose
+    terms are averaged.
 
     Example:
 
@@ -30,12 +71,13 @@ def kr(y_true: Tensor, y_pred: Tensor, sample_weight=None) -> Tensor:
     """
     signs, scores = margins.signed_scores(y_true, y_pred)
     weights = margins.sample_weights(sample_weight, scores)
+    weights = weights if len(scores.shape) == 1 else weights[:, None]
     positive, negative = (margins.class_balance(ops.relu(sign), weights, scores) for sign in (signs, -signs))
-    return -signs * scores * (positive + negative)
+    return _mean_over_labels(-signs * scores * (positive + negative))
 
 
-def hinge(y_true: Tensor, y_pred: Tensor, margin: float = 1.0) -> Tensor:
-    """`relu(margin - y f)` with y in {-1, +1}.
+def hinge(y_true: Tensor, y_pred: Tensor, margin: float | Tensor = 1.0) -> Tensor:
+    """`relu(margin - y f)` with y in {-1, +1}, averaged over several labels `(n, k)`.
 
     Example:
 
@@ -43,10 +85,15 @@ def hinge(y_true: Tensor, y_pred: Tensor, margin: float = 1.0) -> Tensor:
     [0.0, 0.75]
     """
     signs, scores = margins.signed_scores(y_true, y_pred)
-    return ops.relu(margin - signs * scores)
+    return _mean_over_labels(ops.relu(margin - signs * scores))
 
 
-def multiclass_kr(y_true: Tensor, y_pred: Tensor, sample_weight=None) -> Tensor:
+def _mean_over_labels(values: Tensor) -> Tensor:
+    """Values `(n, k)` of k binary problems as their mean `(n,)`; values `(n,)` as they are."""
+    return values if len(values.shape) == 1 else ops.mean(values, axis=1)
+
+
+def multiclass_kr(y_true: Tensor, y_pred: Tensor, sample_weight: Any = None) -> Tensor:
     """One against all: the sum over classes of their `E_-[f_c] - E_+[f_c]`.
 
     Example:
@@ -60,7 +107,7 @@ def multiclass_kr(y_true: Tensor, y_pred: Tensor, sample_weight=None) -> Tensor:
     return ops.sum((others - own) * y_pred, axis=1)
 
 
-def multiclass_hinge(y_true: Tensor, y_pred: Tensor, margin: float = 1.0) -> Tensor:
+def multiclass_hinge(y_true: Tensor, y_pred: Tensor, margin: float | Tensor = 1.0) -> Tensor:
     """One against all: the sum over classes of their hinges, the true class weighing as much as all others.
 
     `(C - 1) relu(m - f_true) + sum over the others of relu(m + f_c)`.
@@ -75,7 +122,31 @@ def multiclass_hinge(y_true: Tensor, y_pred: Tensor, margin: float = 1.0) -> Ten
     return ops.sum(hinges * (1.0 + (y_pred.shape[1] - 2.0) * member), axis=1)
 
 
-def soft_hkr(y_true: Tensor, y_pred: Tensor, alpha=50.0, margin=0.5, temperature=10.0) -> Tensor:
+def multi_margin(y_true: Tensor, y_pred: Tensor, margin: float | Tensor = 1.0) -> Tensor:
+    """The sum over the other classes of `relu(margin - (f_true - f_j))`, divided by the number of classes.
+
+    The values are those of `torch.nn.MultiMarginLoss`.
+
+    Example:
+
+    >>> ops.convert_to_numpy(multi_margin(ops.array([0]), ops.array([[0.5, 0.0]]))).tolist()
+    [0.25]
+
+    Reference:
+        Crammer and Singer, JMLR 2 (2001).
+    """
+    member = margins.one_hot(y_true, y_pred)
+    true = ops.sum(member * y_pred, axis=1, keepdims=True)
+    return ops.sum((1.0 - member) * ops.relu(margin - true + y_pred), axis=1) / y_pred.shape[1]
+
+
+def soft_hkr(
+    y_true: Tensor,
+    y_pred: Tensor,
+    alpha: float | Tensor = 50.0,
+    margin: float | Tensor = 0.5,
+    temperature: float | Tensor = 10.0,
+) -> Tensor:
     """HKR of the true class against a softmax-weighted mean of the others.
 
     With p the softmax of `temperature * f` over the other classes (no gradient flows through p):
@@ -93,7 +164,13 @@ def soft_hkr(y_true: Tensor, y_pred: Tensor, alpha=50.0, margin=0.5, temperature
     return _combine(alpha, ops.sum(hinges, axis=1), -ops.sum(sides * y_pred, axis=1))
 
 
-def log_sum_exp_hkr(y_true: Tensor, y_pred: Tensor, alpha=50.0, margin=0.5, temperature=10.0) -> Tensor:
+def log_sum_exp_hkr(
+    y_true: Tensor,
+    y_pred: Tensor,
+    alpha: float | Tensor = 50.0,
+    margin: float | Tensor = 0.5,
+    temperature: float | Tensor = 10.0,
+) -> Tensor:
     """Binary HKR of half the margin over a smooth maximum of the other classes.
 
     `h = (f_true - logsumexp over the others of (t f_j) / t) / 2`, loss `alpha relu(m - h) - h`. For 1-Lipschitz
@@ -110,7 +187,9 @@ def log_sum_exp_hkr(y_true: Tensor, y_pred: Tensor, alpha=50.0, margin=0.5, temp
     return _combine(alpha, ops.relu(margin - half_margin), -half_margin)
 
 
-def margin_crossentropy(y_true: Tensor, y_pred: Tensor, temperature=10.0, margin=0.5) -> Tensor:
+def margin_crossentropy(
+    y_true: Tensor, y_pred: Tensor, temperature: float | Tensor = 10.0, margin: float | Tensor = 0.5
+) -> Tensor:
     """Cross-entropy of `temperature * (f - margin * onehot)`, divided by the temperature.
 
     Example:
@@ -126,8 +205,12 @@ def margin_crossentropy(y_true: Tensor, y_pred: Tensor, temperature=10.0, margin
     return (ops.logsumexp(logits, axis=1) - ops.sum(member * logits, axis=1)) / temperature
 
 
-def _combine(alpha: float, hinges: Tensor, kr_values: Tensor) -> Tensor:
-    return hinges if math.isinf(alpha) else alpha * hinges + kr_values
+def _combine(alpha: float | Tensor, hinges: Tensor, kr_values: Tensor) -> Tensor:
+    """`alpha * hinges + kr_values`, or the hinges alone when alpha is infinite."""
+    alpha = ops.cast(alpha, hinges.dtype)
+    is_infinite = ops.isinf(alpha)
+    factor = ops.where(is_infinite, ops.ones_like(alpha), alpha)
+    return factor * hinges + ops.where(is_infinite, ops.zeros_like(alpha), ops.ones_like(alpha)) * kr_values
 
 
 _CHECKS = {
@@ -137,35 +220,75 @@ _CHECKS = {
 }
 
 
+class _Number:
+    """An attribute that is a Keras variable, and that assigns to the variable when it is set."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, loss: Any, owner: type | None = None) -> Any:
+        if loss is None or self.name not in loss._parameters:
+            raise AttributeError(f"'{(owner or type(loss)).__name__}' has no attribute '{self.name}'")
+        return loss._parameters[self.name]
+
+    def __set__(self, loss: Any, value: Any) -> None:
+        self.__get__(loss).assign(value)
+
+
 class _WeightedLoss(keras.Loss):
     """A loss whose values need the sample weights: they travel to `values` beside the labels."""
 
-    alpha: float
-    margin: float
-    temperature: float
+    alpha = _Number()
+    margin = _Number()
+    temperature = _Number()
 
-    def __init__(self, *, reduction="mean_with_sample_weight", name=None, dtype=None, **parameters):
+    def __init__(
+        self,
+        *,
+        reduction: str | None = "mean_with_sample_weight",
+        name: str | None = None,
+        dtype: Any = None,
+        **numbers: Any,
+    ) -> None:
         super().__init__(name=name, reduction=reduction, dtype=dtype)
-        self._parameters = tuple(parameters)
-        for key, value in parameters.items():
-            setattr(self, key, _CHECKS[key](value))
+        kept = "float64" if self.dtype == "float64" else "float32"
+        self._parameters = {key: Parameter(value, _CHECKS[key], key, kept) for key, value in numbers.items()}
 
-    def __call__(self, y_true, y_pred, sample_weight=None):
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        refuse_old_arguments(cls)
+
+    def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Tensor:
         y_true, y_pred = ops.convert_to_tensor(y_true), ops.convert_to_tensor(y_pred)
         if sample_weight is None:
             return super().__call__(y_true, y_pred)
         sample_weight = margins.sample_weights(sample_weight, y_pred)
         return super().__call__((y_true, sample_weight), y_pred, sample_weight)
 
-    def call(self, y_true, y_pred):
+    def call(self, y_true: Any, y_pred: Tensor) -> Tensor:
         labels, sample_weight = y_true if isinstance(y_true, tuple) else (y_true, None)
-        return self.values(labels, y_pred, sample_weight)
+        numbers = {key: ops.cast(parameter.read(), y_pred.dtype) for key, parameter in self._parameters.items()}
+        return self.values(labels, y_pred, sample_weight, **numbers)
 
-    def values(self, y_true, y_pred, sample_weight):
+    def values(self, *args: Any, **kwargs: Any) -> Tensor:
         raise NotImplementedError
 
-    def get_config(self):
-        return {**super().get_config(), **{key: getattr(self, key) for key in self._parameters}}
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), **self._numbers()}
+
+    def _numbers(self) -> dict[str, float]:
+        return {key: parameter.number for key, parameter in self._parameters.items()}
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{key}={value}' for key, value in self._numbers().items())})"
+
+    def __reduce__(self) -> Any:
+        return _restored, (type(self), self.get_config())
+
+
+def _restored(cls: Any, config: dict[str, Any]) -> Any:
+    """A copy of a loss, for `copy` and `pickle`: the variables of a backend cannot be copied as they are."""
+    return cls.from_config(config)
 
 
 @registered
@@ -177,7 +300,8 @@ class KR(_WeightedLoss):
         reduction: as in `keras.Loss`; the default takes means under the sample weights.
         name, dtype: as in `keras.Loss`.
 
-    Labels {0, 1} or {-1, +1}, shape `(n,)` or `(n, 1)`; scores `(n,)` or `(n, 1)`.
+    Labels {0, 1} or {-1, +1}, smoothed or not, of shape `(n,)` or `(n, 1)`; scores `(n,)` or `(n, 1)`. With labels and
+    scores `(n, k)` the loss is the mean of k binary problems.
 
     Example:
 
@@ -189,10 +313,10 @@ class KR(_WeightedLoss):
         Serrurier et al., CVPR 2021 (arXiv 2006.06520), eq. 3.
     """
 
-    def __init__(self, reduction="mean_with_sample_weight", name="kr", dtype=None):
+    def __init__(self, reduction: str | None = "mean_with_sample_weight", name: str = "kr", dtype: Any = None) -> None:
         super().__init__(reduction=reduction, name=name, dtype=dtype)
 
-    def values(self, y_true, y_pred, sample_weight):
+    def values(self, y_true: Tensor, y_pred: Tensor, sample_weight: Tensor) -> Tensor:
         return kr(y_true, y_pred, sample_weight)
 
 
@@ -204,6 +328,8 @@ class HingeMargin(_WeightedLoss):
         margin: in units of the score, at least 0. (Other libraries: `min_margin = 2 * margin`.)
         reduction, name, dtype: as in `keras.Loss`.
 
+    Labels and scores as in `HKR`.
+
     Example:
 
     >>> import hkr_keras as hkr, numpy as np
@@ -214,11 +340,17 @@ class HingeMargin(_WeightedLoss):
         ValueError: for a negative margin.
     """
 
-    def __init__(self, margin=1.0, reduction="mean_with_sample_weight", name="hinge_margin", dtype=None):
+    def __init__(
+        self,
+        margin: float = 1.0,
+        reduction: str | None = "mean_with_sample_weight",
+        name: str = "hinge_margin",
+        dtype: Any = None,
+    ) -> None:
         super().__init__(margin=margin, reduction=reduction, name=name, dtype=dtype)
 
-    def values(self, y_true, y_pred, sample_weight):
-        return hinge(y_true, y_pred, self.margin)
+    def values(self, y_true: Tensor, y_pred: Tensor, sample_weight: Tensor, margin: Tensor) -> Tensor:
+        return hinge(y_true, y_pred, margin)
 
 
 @registered
@@ -231,11 +363,12 @@ class HKR(_WeightedLoss):
         margin: in units of the score, which are those of the input, at least 0. Larger is nearer to robustness.
         reduction, name, dtype: as in `keras.Loss`.
 
-    Labels {0, 1} or {-1, +1}, shape `(n,)` or `(n, 1)`; scores `(n,)` or `(n, 1)`. Sample weights weigh the
-    expectations. A batch of one class has a finite loss and gradient.
+    Labels {0, 1} or {-1, +1}, smoothed or not, of shape `(n,)` or `(n, 1)`; scores `(n,)` or `(n, 1)`. With labels and
+    scores `(n, k)` the loss is the mean of k binary problems. Sample weights `(n,)` weigh the expectations. A batch of
+    one class has a finite loss and gradient.
 
     Raises:
-        ValueError: for a negative or NaN alpha, a negative or infinite margin, labels of another shape.
+        ValueError: for a negative or NaN alpha, a negative or infinite margin, labels of another kind or shape.
 
     Example:
 
@@ -247,11 +380,18 @@ class HKR(_WeightedLoss):
         Serrurier et al., CVPR 2021 (arXiv 2006.06520), eq. 10.
     """
 
-    def __init__(self, alpha=50.0, margin=0.5, reduction="mean_with_sample_weight", name="hkr", dtype=None):
+    def __init__(
+        self,
+        alpha: float = 50.0,
+        margin: float = 0.5,
+        reduction: str | None = "mean_with_sample_weight",
+        name: str = "hkr",
+        dtype: Any = None,
+    ) -> None:
         super().__init__(alpha=alpha, margin=margin, reduction=reduction, name=name, dtype=dtype)
 
-    def values(self, y_true, y_pred, sample_weight):
-        return _combine(self.alpha, hinge(y_true, y_pred, self.margin), kr(y_true, y_pred, sample_weight))
+    def values(self, y_true: Tensor, y_pred: Tensor, sample_weight: Tensor, alpha: Tensor, margin: Tensor) -> Tensor:
+        return _combine(alpha, hinge(y_true, y_pred, margin), kr(y_true, y_pred, sample_weight))
 
 
 @registered
@@ -270,10 +410,12 @@ class MulticlassKR(_WeightedLoss):
     -3.0
     """
 
-    def __init__(self, reduction="mean_with_sample_weight", name="multiclass_kr", dtype=None):
+    def __init__(
+        self, reduction: str | None = "mean_with_sample_weight", name: str = "multiclass_kr", dtype: Any = None
+    ) -> None:
         super().__init__(reduction=reduction, name=name, dtype=dtype)
 
-    def values(self, y_true, y_pred, sample_weight):
+    def values(self, y_true: Tensor, y_pred: Tensor, sample_weight: Tensor) -> Tensor:
         return multiclass_kr(y_true, y_pred, sample_weight)
 
 
@@ -292,11 +434,17 @@ class MulticlassHinge(_WeightedLoss):
     2.0
     """
 
-    def __init__(self, margin=1.0, reduction="mean_with_sample_weight", name="multiclass_hinge", dtype=None):
+    def __init__(
+        self,
+        margin: float = 1.0,
+        reduction: str | None = "mean_with_sample_weight",
+        name: str = "multiclass_hinge",
+        dtype: Any = None,
+    ) -> None:
         super().__init__(margin=margin, reduction=reduction, name=name, dtype=dtype)
 
-    def values(self, y_true, y_pred, sample_weight):
-        return multiclass_hinge(y_true, y_pred, self.margin)
+    def values(self, y_true: Tensor, y_pred: Tensor, sample_weight: Tensor, margin: Tensor) -> Tensor:
+        return multiclass_hinge(y_true, y_pred, margin)
 
 
 @registered
@@ -320,19 +468,62 @@ class MulticlassHKR(_WeightedLoss):
         Serrurier et al., CVPR 2021 (arXiv 2006.06520), section 4.
     """
 
-    def __init__(self, alpha=50.0, margin=0.5, reduction="mean_with_sample_weight", name="multiclass_hkr", dtype=None):
+    def __init__(
+        self,
+        alpha: float = 50.0,
+        margin: float = 0.5,
+        reduction: str | None = "mean_with_sample_weight",
+        name: str = "multiclass_hkr",
+        dtype: Any = None,
+    ) -> None:
         super().__init__(alpha=alpha, margin=margin, reduction=reduction, name=name, dtype=dtype)
 
-    def values(self, y_true, y_pred, sample_weight):
-        hinges = multiclass_hinge(y_true, y_pred, self.margin)
-        return _combine(self.alpha, hinges, multiclass_kr(y_true, y_pred, sample_weight))
+    def values(self, y_true: Tensor, y_pred: Tensor, sample_weight: Tensor, alpha: Tensor, margin: Tensor) -> Tensor:
+        hinges = multiclass_hinge(y_true, y_pred, margin)
+        return _combine(alpha, hinges, multiclass_kr(y_true, y_pred, sample_weight))
+
+
+@registered
+class MultiMargin(_WeightedLoss):
+    """The hinge of the margin to every other class: the mean over samples of `multi_margin`.
+
+    Args:
+        margin: in units of a difference of logits, at least 0.
+        reduction, name, dtype: as in `keras.Loss`.
+
+    Integer labels `(n,)`, `(n, 1)` or one-hot `(n, classes)`; logits `(n, classes)`.
+
+    Raises:
+        ValueError: for a negative margin.
+
+    Example:
+
+    >>> import hkr_keras as hkr, numpy as np
+    >>> float(hkr.losses.MultiMargin(1.0)(np.array([0]), np.array([[0.5, 0.0]])))
+    0.25
+
+    Reference:
+        Crammer and Singer, JMLR 2 (2001).
+    """
+
+    def __init__(
+        self,
+        margin: float = 1.0,
+        reduction: str | None = "mean_with_sample_weight",
+        name: str = "multi_margin",
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(margin=margin, reduction=reduction, name=name, dtype=dtype)
+
+    def values(self, y_true: Tensor, y_pred: Tensor, sample_weight: Tensor, margin: Tensor) -> Tensor:
+        return multi_margin(y_true, y_pred, margin)
 
 
 @registered
 class SoftHKR(_WeightedLoss):
     """HKR of the true class against a softmax-weighted mean of the others: see `soft_hkr`.
 
-    Stronger than `MulticlassHKR` on harder data, since it pushes against the classes that matter.
+    On harder data it reaches a higher accuracy than `MulticlassHKR`, since the classes nearest to the true one count.
 
     Args:
         alpha: weight of the hinge, at least 0; `math.inf` is the hinge alone.
@@ -348,13 +539,21 @@ class SoftHKR(_WeightedLoss):
     """
 
     def __init__(
-        self, alpha=50.0, margin=0.5, temperature=10.0, reduction="mean_with_sample_weight", name="soft_hkr", dtype=None
-    ):
-        parameters = {"alpha": alpha, "margin": margin, "temperature": temperature}
-        super().__init__(**parameters, reduction=reduction, name=name, dtype=dtype)
+        self,
+        alpha: float = 50.0,
+        margin: float = 0.5,
+        temperature: float = 10.0,
+        reduction: str | None = "mean_with_sample_weight",
+        name: str = "soft_hkr",
+        dtype: Any = None,
+    ) -> None:
+        numbers = {"alpha": alpha, "margin": margin, "temperature": temperature}
+        super().__init__(**numbers, reduction=reduction, name=name, dtype=dtype)
 
-    def values(self, y_true, y_pred, sample_weight):
-        return soft_hkr(y_true, y_pred, self.alpha, self.margin, self.temperature)
+    def values(
+        self, y_true: Tensor, y_pred: Tensor, sample_weight: Tensor, alpha: Tensor, margin: Tensor, temperature: Tensor
+    ) -> Tensor:
+        return soft_hkr(y_true, y_pred, alpha, margin, temperature)
 
 
 @registered
@@ -376,18 +575,20 @@ class LogSumExpHKR(_WeightedLoss):
 
     def __init__(
         self,
-        alpha=50.0,
-        margin=0.5,
-        temperature=10.0,
-        reduction="mean_with_sample_weight",
-        name="log_sum_exp_hkr",
-        dtype=None,
-    ):
-        parameters = {"alpha": alpha, "margin": margin, "temperature": temperature}
-        super().__init__(**parameters, reduction=reduction, name=name, dtype=dtype)
+        alpha: float = 50.0,
+        margin: float = 0.5,
+        temperature: float = 10.0,
+        reduction: str | None = "mean_with_sample_weight",
+        name: str = "log_sum_exp_hkr",
+        dtype: Any = None,
+    ) -> None:
+        numbers = {"alpha": alpha, "margin": margin, "temperature": temperature}
+        super().__init__(**numbers, reduction=reduction, name=name, dtype=dtype)
 
-    def values(self, y_true, y_pred, sample_weight):
-        return log_sum_exp_hkr(y_true, y_pred, self.alpha, self.margin, self.temperature)
+    def values(
+        self, y_true: Tensor, y_pred: Tensor, sample_weight: Tensor, alpha: Tensor, margin: Tensor, temperature: Tensor
+    ) -> Tensor:
+        return log_sum_exp_hkr(y_true, y_pred, alpha, margin, temperature)
 
 
 @registered
@@ -411,13 +612,15 @@ class MarginCrossentropy(_WeightedLoss):
 
     def __init__(
         self,
-        temperature=10.0,
-        margin=0.5,
-        reduction="mean_with_sample_weight",
-        name="margin_crossentropy",
-        dtype=None,
-    ):
+        temperature: float = 10.0,
+        margin: float = 0.5,
+        reduction: str | None = "mean_with_sample_weight",
+        name: str = "margin_crossentropy",
+        dtype: Any = None,
+    ) -> None:
         super().__init__(temperature=temperature, margin=margin, reduction=reduction, name=name, dtype=dtype)
 
-    def values(self, y_true, y_pred, sample_weight):
-        return margin_crossentropy(y_true, y_pred, self.temperature, self.margin)
+    def values(
+        self, y_true: Tensor, y_pred: Tensor, sample_weight: Tensor, temperature: Tensor, margin: Tensor
+    ) -> Tensor:
+        return margin_crossentropy(y_true, y_pred, temperature, margin)

@@ -28,7 +28,7 @@ except ImportError as error:
         "HKRClassifier and HKRRegressor need scikit-learn 1.6 or newer: pip install 'hkr_keras[sklearn]'"
     ) from error
 
-from hkr_keras import layers, losses, models
+from hkr_keras import layers, losses, metrics, models
 from hkr_keras._validation import number
 from hkr_keras.callbacks import Orthonormalize
 from hkr_keras.certification.certificates import Certificate, OutputCertificate, certify, certify_outputs
@@ -43,7 +43,9 @@ _EPSILON = np.finfo(np.float64).eps
 class _Estimator(BaseEstimator):
     """Building, training and running the network, whose parameters are attributes of the classes below."""
 
-    def _train(self, X: np.ndarray, y: np.ndarray, outputs: int, loss: Any, scale: float | None = None) -> None:
+    def _train(
+        self, X: np.ndarray, y: np.ndarray, outputs: int, loss: Any, measures: Any = None, scale: float | None = None
+    ) -> None:
         for name in ("epochs", "batch_size"):
             value = getattr(self, name)
             if not isinstance(value, numbers.Integral) or value < 1:
@@ -56,7 +58,9 @@ class _Estimator(BaseEstimator):
             if scale is not None:
                 model = keras.Sequential([keras.Input(X.shape[1:]), model, layers.Scale(scale)])
             model.compile(
-                keras.optimizers.get({"class_name": self.optimizer, "config": {"learning_rate": rate}}), loss=loss
+                keras.optimizers.get({"class_name": self.optimizer, "config": {"learning_rate": rate}}),
+                loss=loss,
+                metrics=measures,
             )
             callbacks = [*copy.deepcopy(list(self.callbacks or ())), Orthonormalize()]
             history = model.fit(batches, epochs=self.epochs, shuffle=False, callbacks=callbacks, verbose=self.verbose)
@@ -108,7 +112,7 @@ class HKRClassifier(ClassifierMixin, _Estimator):
     Attributes:
         classes_: sorted labels `(classes,)`, of any type.
         model_: the trained Keras model.
-        history_: the logs of every epoch, a dictionary of lists.
+        history_: the logs of every epoch, a dictionary of lists: `loss`, `accuracy`, and what callbacks add.
         n_features_in_, feature_names_in_: as in scikit-learn.
 
     Raises:
@@ -163,7 +167,8 @@ class HKRClassifier(ClassifierMixin, _Estimator):
         if classes < 2:
             raise ValueError("Expected labels of at least 2 classes. Received: y with 1 class")
         loss = losses.HKR if classes == 2 else losses.MulticlassHKR
-        self._train(X, labels, 1 if classes == 2 else classes, loss(self.alpha, self.margin))
+        outputs, measures = 1 if classes == 2 else classes, [metrics.Accuracy()]
+        self._train(X, labels, outputs, loss(self.alpha, self.margin), measures)
         return self
 
     def decision_function(self, X: Any) -> np.ndarray:

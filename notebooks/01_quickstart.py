@@ -71,7 +71,7 @@ schedule = keras.optimizers.schedules.CosineDecay(1e-2, decay_steps=epochs * 43)
 model.compile(
     keras.optimizers.Adam(schedule),
     loss=hkr.losses.MulticlassHKR(alpha=100, margin=0.45),
-    metrics=["accuracy", hkr.metrics.CertifiedAccuracy(epsilon=0.25)],
+    metrics=[hkr.metrics.Accuracy(), hkr.metrics.CertifiedAccuracy(epsilon=0.25)],
 )
 history = model.fit(data.x_train, data.y_train, epochs=epochs, verbose=0, callbacks=[hkr.callbacks.Orthonormalize()])
 print({name: round(values[-1], 3) for name, values in history.history.items()})

@@ -214,13 +214,215 @@ def test_a_bound_constraint_on_a_plain_dense_layer_is_used():
     assert min(singular_values(dense)) < 0.9
 
 
+@keras.saving.register_keras_serializable(package="tests")
+def is_critic(layer):
+    return layer.name.startswith("critic")
+
+
 def test_config():
-    for every in ("batch", 3, "epoch", "train_end"):
-        callback = Orthonormalize(every)
-        assert callback.get_config() == {"every": every}
+    layer = keras.layers.Dense(2, name="critic_1")
+    for every, layers in (("batch", None), (3, ["a", layer]), ("epoch", "critic_1"), ("train_end", is_critic)):
+        callback = Orthonormalize(every, layers, verbose=1)
         copy = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(callback))
         assert type(copy) is Orthonormalize
-        assert copy.every == every
+        assert copy.get_config() == callback.get_config()
+        assert (copy.every, copy.verbose) == (every, 1)
+    assert copy.layers is is_critic
+    assert Orthonormalize(layers=["a", layer]).get_config()["layers"] == ["a", "critic_1"]
+    assert repr(Orthonormalize("epoch")) == "Orthonormalize(every='epoch', layers=None)"
+
+
+# ---- which kernels are projected ----------------------------------------------------------------------------
+
+
+def generator_and_critic(critic=hkr.layers.LipschitzDense):
+    """A plain generator, trained together with Lipschitz layers."""
+    generator = [keras.layers.Dense(6, name="generator_0"), keras.layers.Dense(6, name="generator_1")]
+    body = keras.Sequential([keras.Input((6,)), *generator], name="generator")
+    return keras.Sequential(
+        [keras.Input((6,)), body, critic(6, name="critic_0"), keras.layers.Dense(1, name="critic_1")]
+    )
+
+
+def off_the_set(model):
+    """Names of the layers with a kernel that is not orthonormal."""
+    layers = [layer for layer in model._flatten_layers() if "kernel" in hkr.geometry.kernel_geometries(layer)]
+    return {layer.name for layer in layers if max(abs(value - 1) for value in singular_values(layer)) > EXACT}
+
+
+@pytest.mark.parametrize("critic", [hkr.layers.LipschitzDense, hkr.layers.AOLDense], ids=lambda cls: cls.__name__)
+def test_plain_layers_beside_lipschitz_layers_are_left_alone(critic):
+    model = compiled(generator_and_critic(critic))
+    before = {layer.name: host(layer.kernel) for layer in model.layers[0].layers}
+    hkr.constraints.project(model, polish=True)
+    assert all(np.array_equal(host(layer.kernel), before[layer.name]) for layer in model.layers[0].layers)
+    fit(model, Orthonormalize())
+    assert off_the_set(model) - {"critic_0"} == {"generator_0", "generator_1", "critic_1"}
+
+
+@pytest.mark.parametrize(
+    ("layers", "left"),
+    [
+        (lambda model: ["critic_1"], {"generator_0", "generator_1"}),
+        (lambda model: "generator", {"critic_1"}),
+        (lambda model: [model.layers[0].layers[1], model.layers[2]], {"generator_0"}),
+        (lambda model: is_critic, {"generator_0", "generator_1"}),
+        (lambda model: [], {"generator_0", "generator_1", "critic_1"}),
+    ],
+    ids=["name", "nested", "layers", "function", "none"],
+)
+def test_layers_says_what_is_projected(layers, left):
+    model = compiled(generator_and_critic())
+    fit(model, Orthonormalize(layers=layers(model)))
+    assert off_the_set(model) == left
+
+
+def test_layers_restricts_a_plain_model():
+    model = compiled(
+        keras.Sequential([keras.Input((6,)), keras.layers.Dense(6, name="a"), keras.layers.Dense(1, name="b")])
+    )
+    fit(model, Orthonormalize(layers=["a"]))
+    assert off_the_set(model) == {"b"}
+
+
+def test_layers_that_the_model_does_not_have_are_refused():
+    for layers in (["critic_7"], keras.layers.Dense(2)):
+        with pytest.raises(ValueError, match=r"Received: layers=.* is not in model"):
+            fit(compiled(generator_and_critic()), Orthonormalize(layers=layers))
+
+
+def test_what_is_projected_is_said_once(capsys):
+    model, callback = compiled(generator_and_critic()), Orthonormalize(verbose=1)
+    fit(model, callback)
+    fit(model, callback)
+    line = (
+        "Orthonormalize projects 1 kernel (critic_0), and leaves alone 3 kernels (generator_1, generator_0, critic_1)."
+    )
+    assert capsys.readouterr().out == line + "\n"
+    fit(model, Orthonormalize())
+    assert capsys.readouterr().out == ""
+
+
+# ---- metrics that mislead -----------------------------------------------------------------------------------
+
+
+HALF = "accuracy"  # Keras makes BinaryAccuracy(threshold=0.5) of it
+
+
+@pytest.mark.parametrize(
+    ("loss", "metric"),
+    [
+        (hkr.losses.HKR(), HALF),
+        (hkr.losses.KR(), keras.metrics.BinaryAccuracy(name=HALF)),
+        (hkr.losses.HingeMargin(), keras.metrics.Recall(name=HALF)),
+        (hkr.losses.HKR(), keras.metrics.Precision(thresholds=[0.0, 0.5], name=HALF)),
+        (hkr.losses.HKR(), keras.metrics.AUC(name=HALF)),
+        (hkr.losses.HKR(), keras.metrics.F1Score(name=HALF)),
+        (keras.losses.BinaryCrossentropy(from_logits=True), HALF),
+        ("hinge", HALF),
+    ],
+    ids=str,
+)
+def test_metrics_with_another_threshold_are_warned_of_once(loss, metric):
+    model = our_model()
+    model.compile("sgd", loss, metrics=[metric])
+    model.train_on_batch(X, Y)  # builds the metrics
+    callback = Orthonormalize()
+    callback.set_model(model)
+    with pytest.warns(UserWarning, match="metric 'accuracy' compares it with a threshold other than 0") as found:
+        callback.on_train_begin()
+    assert sum(issubclass(warning.category, UserWarning) for warning in found) == 1
+    callback.on_train_end()
+    callback.on_train_begin()  # warnings are errors here
+    callback.on_train_end()
+
+
+def test_metrics_of_scores_and_losses_of_probabilities_are_fine():
+    kinds = keras.metrics
+    cases = [
+        (hkr.losses.HKR(), [hkr.metrics.Accuracy(), kinds.BinaryAccuracy(threshold=0.0), kinds.Recall(thresholds=0)]),
+        (hkr.losses.HKR(), [kinds.AUC(from_logits=True), hkr.metrics.CertifiedAccuracy(0.1)]),
+        ("mse", ["accuracy"]),
+        ("binary_crossentropy", [kinds.BinaryAccuracy()]),
+    ]
+    for loss, metrics in cases:
+        model = our_model()
+        model.compile("sgd", loss, metrics=metrics)
+        callback = Orthonormalize()
+        callback.set_model(model)
+        callback.on_train_begin()
+        assert not hkr.callbacks._misleading_metrics(model)
+
+
+def test_fit_warns_too():
+    with pytest.warns(UserWarning, match="hkr_keras.metrics.Accuracy"):
+        fit(compiled(our_model(), metrics=["accuracy"]), Orthonormalize())
+
+
+# ---- what is validated, saved and restored ------------------------------------------------------------------
+
+
+class Validated(keras.callbacks.Callback):
+    """Notes how far the kernels are from the set when the first batch of a validation is computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def on_test_batch_begin(self, batch, logs=None):
+        self.found.append(deviation(self.model))
+
+
+@pytest.mark.parametrize("every", ["batch", 100, "epoch", "train_end"])
+def test_what_is_validated_is_on_the_set(every):
+    model, probe = compiled(plain_model(), metrics=[hkr.metrics.CertifiedRadius()]), Validated()
+    callbacks = [Orthonormalize(every), probe]
+    history = model.fit(X, Y, batch_size=8, epochs=2, verbose=0, validation_data=(X, Y), callbacks=callbacks).history
+    assert max(probe.found) < EXACT
+    certified = model.evaluate(X, Y, verbose=0, return_dict=True)["certified_radius"]
+    assert history["val_certified_radius"][-1] == pytest.approx(certified, abs=1e-5)
+    assert certified == pytest.approx(hkr.certify(model, X, verbose=0).mean_radius(Y), rel=1e-4)
+
+
+@pytest.mark.parametrize("every", [100, "epoch", "train_end"])
+@pytest.mark.parametrize("first", [False, True], ids=["listed last", "listed first"])
+def test_what_is_saved_and_restored_is_on_the_set(every, first, tmp_path):
+    model, own = compiled(plain_model()), [Orthonormalize(every)]
+    path = {name: str(tmp_path / name) for name in ("{epoch}.keras", "{batch}.keras", "{epoch}.weights.h5")}
+    early = keras.callbacks.EarlyStopping("loss", mode="max", patience=1, restore_best_weights=True)
+    savers = [
+        keras.callbacks.ModelCheckpoint(path["{epoch}.keras"]),
+        keras.callbacks.ModelCheckpoint(path["{epoch}.weights.h5"], save_weights_only=True),
+        keras.callbacks.ModelCheckpoint(path["{batch}.keras"].replace("{batch}", "in_{batch}"), save_freq=2),
+        early,
+    ]
+    fit(model, *(own + savers if first else savers + own), epochs=3)
+    assert early.best_epoch == 0
+    assert deviation(model) < EXACT
+    copy = plain_model()
+    copy.load_weights(tmp_path / "1.weights.h5")
+    stored = [keras.models.load_model(file) for file in sorted(tmp_path.glob("*.keras"))]
+    assert len(stored) >= 3
+    assert max(deviation(each) for each in [copy, *stored]) < EXACT
+    before = [host(weight) for weight in model.weights]
+    model.layers[4].kernel.assign(3.0 * model.layers[4].kernel)
+    off = deviation(model)
+    model.save(tmp_path / "after.keras")  # training is over: saving changes nothing
+    assert deviation(model) == off > 1
+    assert len(before) == len(model.weights)
+
+
+@pytest.mark.parametrize("order", ["swap first", "swap last"])
+@pytest.mark.parametrize("on_epoch", [False, True])
+def test_averages_are_validated_and_saved_on_the_set_in_any_order(order, on_epoch, tmp_path):
+    model, probe = compiled(our_model(), averaging()), Validated()
+    callbacks = [keras.callbacks.SwapEMAWeights(swap_on_epoch=on_epoch), Orthonormalize()]
+    callbacks = callbacks if order == "swap first" else callbacks[::-1]
+    callbacks += [keras.callbacks.ModelCheckpoint(str(tmp_path / "{epoch}.keras")), probe]
+    model.fit(X, Y, batch_size=BATCH, epochs=2, verbose=0, validation_data=(X, Y), callbacks=callbacks)
+    assert max(probe.found) < EXACT
+    assert max(deviation(keras.models.load_model(file)) for file in tmp_path.glob("*.keras")) < EXACT
+    assert deviation(model) < EXACT
 
 
 # ---- kernels whose constraint waits for the callback --------------------------------------------------------
@@ -460,3 +662,34 @@ def test_loggers_that_come_later_see_the_numbers(tmp_path):
     fit(compiled(our_model()), LipschitzMonitor(), CertifiedEvaluation(X, Y, [0.25]), logger)
     header = (tmp_path / "log.csv").read_text().splitlines()[0].split(",")
     assert {"lipschitz_bound", "sigma_min", "certified_accuracy_0.25"} <= set(header)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((X, Y, [0.1, -0.1]), "Received: epsilon=-0.1"),
+        ((X, Y, [float("nan")]), "Received: epsilon=nan"),
+        ((X, Y[:-1], [0.1]), r"Received: len\(y\)=23, len\(x\)=24"),
+        ((X, Y + 0.5, [0.1]), r"Received: y\.shape="),
+        ((X[:, :5], Y, [0.1]), "Received: "),
+    ],
+    ids=["negative", "nan", "length", "labels", "shape"],
+)
+def test_certified_evaluation_refuses_before_the_first_step(arguments, message):
+    model = compiled(our_model())
+    before = [host(weight) for weight in model.weights]
+    with pytest.raises(ValueError, match=message):
+        fit(model, CertifiedEvaluation(*arguments))
+    assert all(np.array_equal(old, host(new)) for old, new in zip(before, model.weights, strict=True))
+
+
+@pytest.mark.parametrize(
+    "make", [LipschitzMonitor, lambda: CertifiedEvaluation(X, Y, [0.1])], ids=["monitor", "evaluation"]
+)
+def test_layers_without_a_bound_are_refused_before_the_first_step(make):
+    x = keras.Input((6,))
+    model = compiled(keras.Model(x, keras.layers.Dense(1)(keras.layers.Multiply()([x, x]))))
+    before = [host(weight) for weight in model.weights]
+    with pytest.raises(ValueError, match="multiply"):
+        fit(model, make())
+    assert all(np.array_equal(old, host(new)) for old, new in zip(before, model.weights, strict=True))

@@ -187,7 +187,7 @@ def test_zero_initializer(cls):
 
 
 def plain_model():
-    layers = [keras.layers.Dense(6), keras.layers.Dense(6, trainable=False), hkr.layers.LipschitzDense(3)]
+    layers = [keras.layers.Dense(6), keras.layers.Dense(6, trainable=False), keras.layers.Dense(3)]
     return keras.Sequential([keras.Input((4,)), *layers])
 
 

@@ -1,6 +1,8 @@
 """Losses against numpy references written from their formulas."""
 
+import copy
 import math
+import pickle
 import re
 
 import keras
@@ -9,6 +11,7 @@ import pytest
 from keras import ops
 
 import hkr_keras as hkr
+from hkr_keras._backends.compiling import compiled
 from hkr_keras.losses import (
     HKR,
     KR,
@@ -18,6 +21,7 @@ from hkr_keras.losses import (
     MulticlassHinge,
     MulticlassHKR,
     MulticlassKR,
+    MultiMargin,
     SoftHKR,
 )
 
@@ -63,6 +67,11 @@ def np_multiclass_hinge(y, f, w):
     return np.average(values, weights=w)
 
 
+def np_multi_margin(y, f, w):
+    true, others = split_true(y, f)
+    return np.average(relu(MARGIN - true[:, None] + others).sum(axis=1) / f.shape[1], weights=w)
+
+
 def np_multiclass_hkr(y, f, w):
     return ALPHA * np_multiclass_hinge(y, f, w) + np_multiclass_kr(y, f, w)
 
@@ -95,6 +104,7 @@ BINARY = {
 MULTICLASS = {
     MulticlassKR: ({}, np_multiclass_kr),
     MulticlassHinge: ({"margin": MARGIN}, np_multiclass_hinge),
+    MultiMargin: ({"margin": MARGIN}, np_multi_margin),
     MulticlassHKR: ({"alpha": ALPHA, "margin": MARGIN}, np_multiclass_hkr),
     SoftHKR: ({"alpha": ALPHA, "margin": MARGIN, "temperature": TEMPERATURE}, np_soft_hkr),
     LogSumExpHKR: ({"alpha": ALPHA, "margin": MARGIN, "temperature": TEMPERATURE}, np_log_sum_exp_hkr),
@@ -197,6 +207,7 @@ FUNCTIONS = {
     hkr.losses.hinge: HingeMargin,
     hkr.losses.multiclass_kr: MulticlassKR,
     hkr.losses.multiclass_hinge: MulticlassHinge,
+    hkr.losses.multi_margin: MultiMargin,
     hkr.losses.soft_hkr: SoftHKR,
     hkr.losses.log_sum_exp_hkr: LogSumExpHKR,
     hkr.losses.margin_crossentropy: MarginCrossentropy,
@@ -363,10 +374,10 @@ def test_wrong_shapes(cls):
 def test_config_round_trip(cls):
     y, f = sample(cls)
     loss = make(cls, reduction="sum", name="other")
-    for copy in (cls.from_config(loss.get_config()), keras.losses.deserialize(keras.losses.serialize(loss))):
-        assert type(copy) is cls
-        assert copy.get_config() == loss.get_config()
-        assert float(copy(y, f)) == float(loss(y, f))
+    for twin in (cls.from_config(loss.get_config()), keras.losses.deserialize(keras.losses.serialize(loss))):
+        assert type(twin) is cls
+        assert twin.get_config() == loss.get_config()
+        assert float(twin(y, f)) == float(loss(y, f))
     assert loss.name == "other"
     assert keras.saving.get_registered_name(cls) == f"hkr_keras>{cls.__name__}"
     assert LOSSES[cls][0].items() <= loss.get_config().items()
@@ -374,8 +385,8 @@ def test_config_round_trip(cls):
 
 @pytest.mark.parametrize("cls", WITH_ALPHA, ids=lambda cls: cls.__name__)
 def test_infinite_alpha_is_stored(cls):
-    copy = keras.losses.deserialize(keras.losses.serialize(make(cls, alpha=math.inf)))
-    assert copy.get_config()["alpha"] == math.inf
+    twin = keras.losses.deserialize(keras.losses.serialize(make(cls, alpha=math.inf)))
+    assert twin.get_config()["alpha"] == math.inf
 
 
 @pytest.mark.parametrize("alpha", [2.0, math.inf])
@@ -403,3 +414,192 @@ def test_fit_compiled(cls):
     history = model.fit(x, y, sample_weight=np.arange(N) + 1.0, batch_size=N, epochs=4, shuffle=False, verbose=0)
     assert history.history["loss"][0] == close(expected)
     assert history.history["loss"][-1] < history.history["loss"][0]
+
+
+# ---- labels of all kinds -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cls", BINARY, ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("values", [(0.05, 0.95), (-0.9, 0.9), (0.3, 0.7), (-0.5, 0.5)], ids=str)
+def test_smoothed_binary_labels_split_in_the_middle(cls, values):
+    y, f = sample(cls)
+    assert float(make(cls)(np.array(values)[y], f)) == close(make(cls)(y, f))
+    for label in (0, 1):  # what a label says does not depend on the batch
+        assert float(make(cls)(np.full(N, values[label]), f)) == close(make(cls)(np.full(N, label), f))
+
+
+@pytest.mark.parametrize("cls", MULTICLASS, ids=lambda cls: cls.__name__)
+def test_smoothed_one_hot_labels(cls):
+    y, f = sample(cls)
+    for labels in (0.9 * np.eye(CLASSES)[y] + 0.1 / CLASSES, 2.0 * np.eye(CLASSES)[y] - 1.0):
+        assert float(make(cls)(labels, f)) == close(make(cls)(y, f))
+
+
+def wrong_labels(cls):
+    """Labels that stand for no class, one sample of them or all."""
+    y, _ = sample(cls)
+    if cls in BINARY:
+        three = y.astype("float32")
+        three[0] = 0.4
+        return [three, y + 1, y.astype("float32") * 0.4, np.where(y == 1, np.nan, 0.0), y * 255]
+    rows = np.eye(CLASSES, dtype="float32")[y]
+    several, none, mixed = rows.copy(), rows.copy(), rows.copy()
+    several[0], none[0], mixed[0] = [1, 1, 0, 0], 0, [0.7, 0.3, 0, 0]
+    return [several, none, mixed, y + 1, y - 1, y + 0.5]
+
+
+@each_loss
+def test_labels_that_are_no_classes_are_refused_or_nan(cls):
+    _, f = sample(cls)
+    for labels in wrong_labels(cls):
+        with pytest.raises(ValueError, match=r"Received: y_true\.shape=\(12.* with \["):
+            make(cls)(labels, f)
+
+
+@pytest.mark.skipif(
+    keras.backend.backend() == "torch", reason="PyTorch computes step by step, where labels can be seen"
+)
+@each_loss
+def test_labels_that_are_no_classes_give_nan_in_compiled_programs(cls):
+    _, f = sample(cls)
+    program = compiled(make(cls))
+    for labels in wrong_labels(cls):
+        assert math.isnan(float(program(ops.convert_to_tensor(labels, "float32"), ops.convert_to_tensor(f))))
+
+
+def test_compiled_training_on_rows_of_several_ones_does_not_pass_for_training():
+    x = np.random.default_rng(0).normal(size=(8, 3)).astype("float32")
+    y = np.eye(4)[np.arange(8) % 4]
+    y[3, 0] = y[3, 1] = 1.0
+    model = keras.Sequential([keras.Input((3,)), hkr.layers.LipschitzDense(4)])
+    model.compile("sgd", MulticlassHKR())
+    if keras.backend.backend() == "torch":
+        with pytest.raises(ValueError, match="one larger entry in every row"):
+            model.fit(x, y, verbose=0)
+    else:
+        assert math.isnan(model.fit(x, y, verbose=0).history["loss"][0])
+        assert np.isnan(ops.convert_to_numpy(model.layers[-1].bias)).all()
+
+
+# ---- several labels ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cls", BINARY, ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_several_labels_are_the_mean_of_binary_problems(cls, weighted):
+    generator = np.random.default_rng(7)
+    y, f = generator.integers(0, 2, size=(N, 3)), generator.normal(size=(N, 3)).astype("float32")
+    w = generator.uniform(0.5, 2.0, size=N).astype("float32") if weighted else None
+    columns = [float(make(cls)(y[:, k], f[:, k], w)) for k in range(3)]
+    for labels in (y, 2 * y - 1, y == 1, 0.9 * y + 0.05):
+        assert float(make(cls)(labels, f, w)) == close(np.mean(columns))
+    assert tuple(make(cls, reduction="none")(y, f, w).shape) == (N,)
+    slopes = gradient(make(cls), y, f, w)
+    for k in range(3):
+        np.testing.assert_allclose(slopes[:, k], gradient(make(cls), y[:, k], f[:, k], w) / 3, atol=1e-6)
+    with pytest.raises(ValueError, match=r"Received: \w+\.shape="):
+        make(cls)(y[:, :2], f)
+
+
+# ---- numbers that change during training --------------------------------------------------------------------
+
+
+class Change(keras.callbacks.Callback):
+    """Changes a number of the loss after the first epoch."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.change = change
+
+    def on_epoch_begin(self, epoch, logs=None):
+        if epoch == 1:
+            self.change(self.model.loss)
+
+
+@pytest.mark.parametrize("key", ["alpha", "margin", "temperature"])
+@pytest.mark.parametrize("how", ["assign", "set"])
+def test_numbers_change_in_compiled_steps(key, how):
+    y, _ = sample(SoftHKR)
+    x = np.random.default_rng(5).normal(size=(N, 3)).astype("float32")
+    model = keras.Sequential([keras.Input((3,)), hkr.layers.LipschitzDense(CLASSES)])
+    loss = make(SoftHKR)
+    model.compile(keras.optimizers.SGD(0.0), loss)
+    assert isinstance(getattr(loss, key), keras.Variable)
+    change = Change(lambda loss: getattr(loss, key).assign(0.3) if how == "assign" else setattr(loss, key, 0.3))
+    found = model.fit(x, y, batch_size=N, epochs=2, verbose=0, callbacks=[change]).history["loss"]
+    f = model.predict(x, verbose=0)
+    assert found == [close(make(SoftHKR)(y, f)), close(make(SoftHKR, **{key: 0.3})(y, f))]
+    assert abs(found[0] - found[1]) > 1e-3
+    assert loss.get_config()[key] == 0.3
+
+
+def test_alpha_may_become_infinite_in_a_compiled_step():
+    y, _ = sample(HKR)
+    x = np.random.default_rng(5).normal(size=(N, 3)).astype("float32")
+    model = keras.Sequential([keras.Input((3,)), hkr.layers.LipschitzDense(1)])
+    model.compile(keras.optimizers.SGD(0.0), make(HKR))
+    change = Change(lambda loss: loss.alpha.assign(math.inf))
+    found = model.fit(x, y, batch_size=N, epochs=2, verbose=0, callbacks=[change]).history["loss"]
+    assert found[1] == close(make(HingeMargin)(y, model.predict(x, verbose=0)))
+
+
+@each_loss
+def test_numbers_are_checked_when_they_change(cls):
+    loss = make(cls)
+    for name, value in LOSSES[cls][0].items():
+        for wrong in (-1.0, math.nan, "1"):
+            with pytest.raises(ValueError, match=f"Received: {name}={wrong}"):
+                getattr(loss, name).assign(wrong)
+        assert loss.get_config()[name] == value
+        for right in (np.float64(0.1), ops.array(0.1), 0.1):
+            getattr(loss, name).assign(right)
+            assert loss.get_config()[name] == pytest.approx(0.1)
+        assert loss.get_config()[name] == 0.1
+    assert not hasattr(loss, "temperature") or "temperature" in LOSSES[cls][0]
+
+
+def test_copies_of_losses_have_numbers_of_their_own():
+    loss = HKR(alpha=3.0, margin=0.1)
+    for twin in (copy.deepcopy(loss), copy.copy(loss), pickle.loads(pickle.dumps(loss))):
+        loss.alpha.assign(7.0)
+        assert twin.get_config() == {**loss.get_config(), "alpha": 3.0}
+        loss.alpha.assign(3.0)
+
+
+def test_reprs_say_the_numbers():
+    assert repr(HKR()) == "HKR(alpha=50.0, margin=0.5)"
+    assert repr(SoftHKR(alpha=math.inf)) == "SoftHKR(alpha=inf, margin=0.5, temperature=10.0)"
+    assert repr(KR()) == "KR()"
+
+
+# ---- what other libraries call it ---------------------------------------------------------------------------
+
+
+def test_losses_of_other_libraries_in_one_line():
+    y, f = sample(MulticlassHKR)
+    logits = ops.convert_to_tensor(f)
+    hinges = ops.relu(
+        MARGIN - hkr.margins.multiclass_margin(hkr.margins.one_hot(ops.convert_to_tensor(y), logits), logits)
+    )
+    true, others = split_true(y, f)
+    np.testing.assert_allclose(ops.convert_to_numpy(hinges), relu(MARGIN - (true - others.max(axis=1))), atol=1e-6)
+    y, f = sample(HKR)
+    scores = ops.convert_to_tensor(f)
+    found = hkr.losses.margin_crossentropy(ops.convert_to_tensor(y), hkr.margins.two_logits(scores), TEMPERATURE, 0.0)
+    expected = np.log1p(np.exp(-TEMPERATURE * np.where(y == 1, 1, -1) * f)) / TEMPERATURE
+    np.testing.assert_allclose(ops.convert_to_numpy(found), expected, rtol=1e-5)
+
+
+def test_old_names_say_the_new_ones():
+    for module, old, new in (
+        (hkr.losses, "TauCategoricalCrossentropy", "MarginCrossentropy"),
+        (hkr.losses, "CategoricalHinge", "multiclass_margin"),
+        (hkr.metrics, "CategoricalProvableRobustAccuracy", "CertifiedAccuracy"),
+        (hkr.callbacks, "CondenseCallback", "nothing"),
+    ):
+        with pytest.raises(AttributeError, match=rf"'{old}': .*{new}.* here, see docs/migration\.md"):
+            getattr(module, old)
+    with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
+        hkr.losses.nonsense
+    with pytest.raises(TypeError, match=r"HKR has no argument 'min_margin': margin, .*see docs/migration\.md"):
+        HKR(alpha=10, min_margin=1.0)

@@ -1,4 +1,4 @@
-"""One compiled program out of a function of tensors, or out of a model.
+"""One compiled program out of a function of tensors, or out of a model; and whether a tensor belongs to a program in the making.
 
 Imports backends, inside its functions: Keras compiles only what its own training and prediction run.
 """
@@ -71,3 +71,27 @@ def predictor(model: keras.Model) -> Callable[[Any], Any]:
 
         return without_gradients
     return compiled(lambda x: present()(x, training=False))
+
+
+def is_traced(tensor: Any) -> bool:
+    """Whether a tensor stands for values that are not known yet, because a program is being traced or compiled.
+
+    Example:
+
+    >>> is_traced(keras.ops.ones(3)), is_traced(keras.Input((3,)))
+    (False, True)
+    """
+    if isinstance(tensor, keras.KerasTensor):
+        return True
+    backend = keras.backend.backend()
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        return tf.is_symbolic_tensor(tensor)
+    if backend == "jax":
+        import jax
+
+        return isinstance(tensor, jax.core.Tracer)
+    import torch
+
+    return torch.compiler.is_compiling() or getattr(tensor, "is_meta", False)

@@ -1,0 +1,65 @@
+"""What names and arguments of deel-lip are called here, for errors that say so."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+__all__ = ["refuse_old_arguments", "renamed"]
+
+_DOCUMENT = "see docs/migration.md"
+
+_ARGUMENTS = {
+    "min_margin": "margin, which is half of min_margin in HKR and HingeMargin",
+    "k_coef_lip": "a layer Scale(k) behind the layer",
+    "niter_spectral": "nothing: kernels are projected after every optimizer step",
+    "niter_bjorck": "nothing: kernels are projected after every optimizer step",
+    "negative_robustness": "negative",
+    "disjoint_neurons": "kernel_constraint=hkr_keras.constraints.UnitNorm()",
+}
+
+
+def renamed(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
+    """A module's `__getattr__`, whose error says what a name of deel-lip is called here.
+
+    Args:
+        module: name of the module.
+        names: what each old name is called here, or how it is written.
+
+    Example:
+
+    >>> renamed("hkr_keras.layers", {"SpectralDense": "LipschitzDense"})("SpectralDense")
+    Traceback (most recent call last):
+        ...
+    AttributeError: module 'hkr_keras.layers' has no 'SpectralDense': LipschitzDense here, see docs/migration.md
+    """
+
+    def __getattr__(name: str) -> Any:
+        if name in names:
+            raise AttributeError(f"module '{module}' has no '{name}': {names[name]} here, {_DOCUMENT}")
+        raise AttributeError(f"module '{module}' has no attribute '{name}'")
+
+    return __getattr__
+
+
+def refuse_old_arguments(cls: type) -> None:
+    """Makes the constructor of a class say what an argument of deel-lip is called here; its signature stays.
+
+    Example:
+
+    >>> class Loss:
+    ...     def __init__(self, margin=1.0): ...
+    >>> refuse_old_arguments(Loss)
+    >>> Loss(k_coef_lip=2.0)
+    Traceback (most recent call last):
+        ...
+    TypeError: Loss has no argument 'k_coef_lip': a layer Scale(k) behind the layer, see docs/migration.md
+    """
+    original = cls.__init__  # type: ignore[misc]
+
+    @functools.wraps(original)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        for name in kwargs.keys() & _ARGUMENTS.keys():
+            raise TypeError(f"{type(self).__name__} has no argument '{name}': {_ARGUMENTS[name]}, {_DOCUMENT}")
+        original(self, *args, **kwargs)
+
+    setattr(cls, "__init__", __init__)  # noqa: B010
