@@ -339,10 +339,7 @@ def demo(
     model.compile(
         keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(1e-2, steps)),
         loss=_loss(loss, is_binary),
-        metrics=[
-            keras.metrics.BinaryAccuracy("accuracy", threshold=0.0) if is_binary else "accuracy",
-            hkr.metrics.CertifiedAccuracy(epsilon=0.25),
-        ],
+        metrics=[hkr.metrics.Accuracy(), hkr.metrics.CertifiedAccuracy(epsilon=0.25)],
     )
     model.fit(
         data.x_train,

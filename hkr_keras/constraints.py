@@ -10,7 +10,7 @@ from keras import ops
 from hkr_keras import linalg
 from hkr_keras._backends.compiling import compiled
 from hkr_keras._registration import registered
-from hkr_keras.geometry import Geometry, model_kernels
+from hkr_keras.geometry import Geometry, flattened_layers, model_kernels
 
 Tensor = Any
 
@@ -315,12 +315,12 @@ def constrained_kernels(
 def _chosen(model: keras.layers.Layer, layers: Layers) -> Callable[[keras.layers.Layer], bool]:
     """Whether to project the kernels of a layer that have no constraint."""
     if layers is None:
-        is_plain = not any(_is_kept(layer) for layer in _inside(model))
+        is_plain = not any(_is_kept(layer) for layer in [model, *flattened_layers(model)])
         return lambda layer: is_plain
     if callable(layers) and not isinstance(layers, keras.layers.Layer):
         return layers
     listed = [layers] if isinstance(layers, str | keras.layers.Layer) else list(layers)
-    every = _inside(model)
+    every = [model, *flattened_layers(model)]
     found: list[Any] = []
     for item in listed:
         named = [layer for layer in every if layer is item or (isinstance(item, str) and layer.name == item)]
@@ -329,22 +329,18 @@ def _chosen(model: keras.layers.Layer, layers: Layers) -> Callable[[keras.layers
                 "Expected names of layers, or layers, of the model, or a function of a layer. "
                 f"Received: layers={layers}, and {item!r} is not in model '{model.name}'"
             )
-        found.extend(inner for layer in named for inner in _inside(layer))
+        found.extend(inner for layer in named for inner in (layer, *flattened_layers(layer)))
     return lambda layer: any(layer is other for other in found)
 
 
 def _is_kept(layer: keras.layers.Layer) -> bool:
     """Whether a layer keeps its own kernels Lipschitz: by constraints of this package, or by how it composes them."""
-    weights = layer.weights if len(_inside(layer)) == 1 else []
+    inner = {id(weight) for other in flattened_layers(layer) for weight in other.weights}
+    weights = [weight for weight in layer.weights if id(weight) not in inner]
     if any(isinstance(getattr(weight, "constraint", None), LipschitzConstraint) for weight in weights):
         return True
     is_ours = keras.saving.get_registered_name(type(layer)).startswith("hkr_keras>")
     return is_ours and any(len(weight.shape) > 1 for weight in weights)
-
-
-def _inside(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
-    """The layer and all layers in it, at any depth."""
-    return list(layer._flatten_layers())
 
 
 def project(model: keras.layers.Layer, polish: bool = False, layers: Layers = None) -> None:

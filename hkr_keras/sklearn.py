@@ -289,7 +289,7 @@ class HKRRegressor(RegressorMixin, _Estimator):
         y = y.astype("float64")
         self.mean_, self.scale_ = float(y.mean()), float(y.std()) or 1.0
         targets = ((y - self.mean_) / self.scale_).astype("float32")[:, None]
-        self._train(X, targets, 1, copy.deepcopy(self.loss), lipschitz)
+        self._train(X, targets, 1, copy.deepcopy(self.loss), scale=lipschitz)
         return self
 
     def predict(self, X: Any) -> np.ndarray:

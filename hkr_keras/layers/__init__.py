@@ -1,5 +1,6 @@
 """Layers with a Lipschitz constant of at most 1."""
 
+from hkr_keras._hints import renamed
 from hkr_keras.layers.activations import FullSort, GroupSort, Householder, MaxMin
 from hkr_keras.layers.almost_orthogonal import AOLConv2D, AOLDense, SLLConv2D, SLLDense
 from hkr_keras.layers.base import LipschitzLayer
@@ -85,3 +86,23 @@ __all__ = [
     "ScaledGlobalAveragePooling1D",
     "ScaledGlobalAveragePooling2D",
 ]
+
+__getattr__ = renamed(
+    __name__,
+    {
+        "SpectralDense": "LipschitzDense",
+        "SpectralConv1D": "LipschitzConv1D",
+        "SpectralConv2D": "LipschitzConv2D",
+        "SpectralConv2DTranspose": "LipschitzConv2DTranspose",
+        "SpectralConv3D": "LipschitzConv3D",
+        "SpectralDepthwiseConv2D": "LipschitzDepthwiseConv2D",
+        "FrobeniusDense": "LipschitzDense(..., kernel_constraint=UnitNorm())",
+        "FrobeniusConv2D": "LipschitzConv2D",
+        "GroupSort2": "GroupSort(2)",
+        "PReLUlip": "keras.layers.PReLU",
+        "ScaledL2NormPooling2D": "L2NormPooling2D",
+        "ScaledGlobalL2NormPooling2D": "GlobalL2NormPooling2D",
+        "InvertibleDownSampling": "InvertibleDownsampling2D",
+        "InvertibleUpSampling": "InvertibleUpsampling2D",
+    },
+)
