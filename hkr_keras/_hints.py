@@ -1,10 +1,10 @@
 """What names and arguments of deel-lip are called here, for errors that say so."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-__all__ = ["refuse_old_arguments", "renamed"]
+__all__ = ["check_arguments", "refuse_old_arguments", "renamed"]
 
 _DOCUMENT = "see docs/migration.md"
 
@@ -41,6 +41,21 @@ def renamed(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
     return __getattr__
 
 
+def check_arguments(cls: type, names: Iterable[str]) -> None:
+    """Says what an argument of deel-lip is called here, if one of the names is one.
+
+    Raises:
+        TypeError: for such a name.
+
+    Example:
+
+    >>> check_arguments(dict, ["units"])
+    """
+    for name in names:
+        if name in _ARGUMENTS:
+            raise TypeError(f"{cls.__name__} has no argument '{name}': {_ARGUMENTS[name]}, {_DOCUMENT}")
+
+
 def refuse_old_arguments(cls: type) -> None:
     """Makes the constructor of a class say what an argument of deel-lip is called here; its signature stays.
 
@@ -58,8 +73,7 @@ def refuse_old_arguments(cls: type) -> None:
 
     @functools.wraps(original)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        for name in kwargs.keys() & _ARGUMENTS.keys():
-            raise TypeError(f"{type(self).__name__} has no argument '{name}': {_ARGUMENTS[name]}, {_DOCUMENT}")
+        check_arguments(type(self), kwargs)
         original(self, *args, **kwargs)
 
     setattr(cls, "__init__", __init__)  # noqa: B010

@@ -93,7 +93,7 @@ class Orthonormalize(keras.callbacks.Callback):
         self._batches = 0
         self._waiting: list = []  # kernels that no optimizer projects, each with its constraint
         self._project_waiting: Callable | None = None
-        self._is_training = self._has_said = False
+        self._is_training = self._has_said = self._has_warned = False
 
     def get_config(self) -> dict[str, Any]:
         layers: Any = self.layers
@@ -125,6 +125,7 @@ class Orthonormalize(keras.callbacks.Callback):
                 f"without a constraint or with DeferredOrthonormal(): {', '.join(layer.name for layer, *_ in waiting)}"
             )
         self._say(kernels)
+        self._warn()
         self._polish()
         self._is_training = True
         for name in _READERS:
@@ -132,6 +133,8 @@ class Orthonormalize(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         self._batches += 1
+        if self._batches == 1:  # Keras may make the metrics in the first step only
+            self._warn()
         if self._waiting and self._period and self._batches % self._period == 0:
             _ = self.model  # on JAX this brings the values back
             if self._project_waiting is None:
@@ -165,17 +168,22 @@ class Orthonormalize(keras.callbacks.Callback):
     def _polish(self) -> None:
         constraints.project(self.model, polish=True, layers=self.layers)
 
-    def _say(self, kernels: list) -> None:
-        """Prints once what is projected and what is not, and warns of metrics that mislead."""
-        if self._has_said:
-            return
-        self._has_said = True
-        for name in _misleading_metrics(self.model):
+    def _warn(self) -> None:
+        """Warns once of metrics that compare raw scores with another number than 0."""
+        names = [] if self._has_warned else _misleading_metrics(self.model)
+        self._has_warned = self._has_warned or bool(names)
+        for name in names:
             warnings.warn(
                 f"The loss trains a raw score, which is positive for class 1, and the metric '{name}' compares it with "
                 "a threshold other than 0. Use hkr_keras.metrics.Accuracy(), or thresholds=0.",
                 stacklevel=2,
             )
+
+    def _say(self, kernels: list) -> None:
+        """Prints once what is projected and what is not."""
+        if self._has_said:
+            return
+        self._has_said = True
         verbose = (self.params or {}).get("verbose", 0) if self.verbose == "auto" else self.verbose
         if verbose:
             projected = {id(kernel) for _, kernel, _ in kernels}

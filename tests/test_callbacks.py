@@ -326,7 +326,7 @@ HALF = "accuracy"  # Keras makes BinaryAccuracy(threshold=0.5) of it
 def test_metrics_with_another_threshold_are_warned_of_once(loss, metric):
     model = our_model()
     model.compile("sgd", loss, metrics=[metric])
-    model.train_on_batch(X, Y)  # builds the metrics
+    model.train_on_batch(X, Y[:, None])  # builds the metrics
     callback = Orthonormalize()
     callback.set_model(model)
     with pytest.warns(UserWarning, match="metric 'accuracy' compares it with a threshold other than 0") as found:

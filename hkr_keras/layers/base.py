@@ -7,7 +7,7 @@ import keras
 from keras import ops
 
 from hkr_keras import constraints
-from hkr_keras._hints import refuse_old_arguments
+from hkr_keras._hints import check_arguments
 from hkr_keras.geometry import weight_geometries
 
 __all__ = ["ComposedKernel", "LipschitzLayer", "PlainLayers", "at_least_float32", "keras_class"]
@@ -64,9 +64,9 @@ class LipschitzLayer:
     name: Any
     quantization_mode: Any
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        refuse_old_arguments(cls)
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        check_arguments(cls, kwargs)
+        return super().__new__(cls, *args, **kwargs)
 
     def build(self, input_shape: Sequence[int | None]) -> None:
         """Adds the weights, those of an activation that is a layer too: Keras would add these in its first call."""
