@@ -1,4 +1,4 @@
-"""One compiled program out of a function of tensors, or out of a model; and whether a tensor belongs to a program in the making.
+"""One compiled program out of a function of tensors, or out of a model; and whether a tensor is one of such a program.
 
 Imports backends, inside its functions: Keras compiles only what its own training and prediction run.
 """
