@@ -7,7 +7,6 @@ import keras
 from keras import ops
 
 from hkr_keras import constraints
-from hkr_keras._hints import check_arguments
 from hkr_keras.geometry import weight_geometries
 
 __all__ = ["ComposedKernel", "LipschitzLayer", "PlainLayers", "at_least_float32", "keras_class"]
@@ -63,10 +62,6 @@ class LipschitzLayer:
 
     name: Any
     quantization_mode: Any
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        check_arguments(cls, kwargs)
-        return super().__new__(cls, *args, **kwargs)
 
     def build(self, input_shape: Sequence[int | None]) -> None:
         """Adds the weights, those of an activation that is a layer too: Keras would add these in its first call."""
