@@ -30,6 +30,7 @@ from hkr_keras.certification.local import local_bound
 from hkr_keras.certification.summary import lipschitz_summary
 from hkr_keras.conversion import constrain, to_keras, to_lipschitz
 from hkr_keras.exporting import export
+from hkr_keras.models import monotone
 
 __all__ = [
     "Certificate",
@@ -55,6 +56,7 @@ __all__ = [
     "losses",
     "metrics",
     "models",
+    "monotone",
     "oneclass",
     "optimizers",
     "plotting",

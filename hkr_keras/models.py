@@ -7,8 +7,10 @@ together, and any two classes are equally far apart, which certifies more with l
 from collections.abc import Sequence
 
 import keras
+import numpy as np
 
 from hkr_keras import layers
+from hkr_keras.certification.bounds import lipschitz_bound, model_states
 from hkr_keras.constraints import LipschitzConstraint, UnitNorm
 
 
@@ -127,3 +129,62 @@ def lipschitz_resnet(
     model.add(layers.GroupSort(2))
     model.add(layers.LipschitzDense(classes, kernel_constraint=head_constraint or UnitNorm()))
     return model
+
+
+def monotone(model: keras.Model, slope: float, features: Sequence[int]) -> keras.Model:
+    """`f(x) + slope * sum of the chosen features`: monotone in each of them, and Lipschitz still.
+
+    No output of f changes faster than by its Lipschitz constant, so a slope at least as large makes every output
+    increase (a negative one decrease) with each chosen feature, whatever the others are. The slope, as float32 stores
+    it, is compared with the proven bound of single outputs at the weights of now. Training goes on with the same
+    layers: call it again afterwards for the weights as they are then. Monotone functions behind the model, such as a
+    sigmoid, change nothing. All of this is about exact arithmetic: two nearby predictions may be rounded apart.
+
+    Args:
+        model: f, a built model with inputs `(n, d)` and outputs `(n, k)`; its layers are shared, not copied.
+        slope: in units of the outputs per unit of a feature; for a 1-Lipschitz network 1.001, a little above 1.
+        features: indices from 0 to d - 1, without repetition.
+
+    Returns:
+        An uncompiled model with the same inputs and outputs; its constant is at most that of f and
+        `|slope| sqrt(k * len(features))` together.
+
+    Raises:
+        ValueError: if the bound of an output is larger than the slope, for features that do not exist, and as
+            `lipschitz_bound`.
+
+    Example:
+
+    >>> base = lipschitz_mlp((4,), 1, widths=(16, 16))
+    >>> model = monotone(base, slope=1.001, features=[0, 2])
+    >>> low, high = model.predict(np.array([[0.0, 1, 0, 2], [0.1, 1, 0, 2]]), verbose=0)[:, 0]
+    >>> bool(low < high)
+    True
+
+    Reference:
+        Kitouni, Nolte and Williams, Machine Learning: Science and Technology 4 (2023; arXiv 2112.00038).
+    """
+    shape, outputs = model.input_shape, model.output_shape
+    if isinstance(shape, list) or isinstance(outputs, list) or len(shape) != 2 or len(outputs) != 2:
+        raise ValueError(
+            "Expected a model with one input (n, features) and one output (n, k). "
+            f"Received: input_shape={shape}, output_shape={outputs}"
+        )
+    chosen = list(features)
+    if not chosen or len(set(chosen)) < len(chosen) or not all(0 <= i < shape[1] for i in chosen):
+        raise ValueError(f"Expected different features from 0 to {shape[1] - 1}. Received: features={chosen}")
+    (state,) = model_states(model)
+    bound = lipschitz_bound(model)
+    if state.tail is not None:  # every output by itself
+        bound = min(bound, float(state.tail.lengths().max() * state.tail.constants[0]) * (1 + 1e-12))
+    if not bound <= abs(float(np.float32(slope))) < np.inf:
+        raise ValueError(
+            f"Expected a slope of at least {bound}, the proven Lipschitz bound of an output. Received: slope={slope}"
+        )
+    kernel = np.zeros((shape[1], outputs[1]))
+    kernel[chosen] = slope
+    inputs = keras.Input(shape[1:])
+    linear = keras.layers.Dense(outputs[1], use_bias=False, trainable=False, name="monotone")
+    result = keras.layers.Add()([model(inputs), linear(inputs)])
+    linear.kernel.assign(kernel)
+    return keras.Model(inputs, result)

@@ -62,3 +62,55 @@ def test_gradients_pass_through_a_deep_residual_net():
 
 def test_size_of_the_residual_net():
     assert 0.9e6 < models.lipschitz_resnet((28, 28, 1), 10).count_params() < 1.4e6
+
+
+def tabular(outputs=1, seed=0):
+    keras.utils.set_random_seed(seed)
+    return models.lipschitz_mlp((5,), outputs, widths=(16, 8))
+
+
+@pytest.mark.parametrize("slope", [1.001, -1.001])
+def test_monotone_models_grow_with_the_features_chosen_and_stay_lipschitz(slope):
+    base = tabular(3)
+    model = hkr.monotone(base, slope, [0, 3])
+    x = normal((200, 5), seed=3, scale=2.0)
+    before = np.asarray(keras.ops.convert_to_numpy(model(x)), "float64")
+    for feature in (0, 3):
+        further = x.copy()
+        further[:, feature] += np.abs(normal((200,), seed=4)) + 0.01
+        change = np.sign(slope) * (keras.ops.convert_to_numpy(model(further)) - before)
+        assert change.min() > -1e-5  # what float32 rounds
+    other = x.copy()
+    other[:, 1] += 1
+    change = keras.ops.convert_to_numpy(model(other)) - before
+    assert change.min() < 0 < change.max()
+    assert hkr.lipschitz_bound(model) <= hkr.lipschitz_bound(base) + abs(slope) * np.sqrt(6) + 1e-6
+
+
+def test_monotone_models_are_trained_stored_and_checked_again(tmp_path):
+    base = tabular()
+    model = hkr.monotone(base, 1.001, [0])
+    frozen = keras.ops.convert_to_numpy(model.get_layer("monotone").kernel)
+    x = normal((256, 5), seed=1)
+    y = x[:, 0] - np.abs(x[:, 1])
+    model.compile(keras.optimizers.Adam(1e-2), "mse")
+    model.fit(x, y, epochs=2, verbose=0, callbacks=[hkr.callbacks.Orthonormalize()])
+    np.testing.assert_array_equal(keras.ops.convert_to_numpy(model.get_layer("monotone").kernel), frozen)
+    again = hkr.monotone(base, 1.001, [0])
+    np.testing.assert_allclose(again.predict(x, verbose=0), model.predict(x, verbose=0), atol=1e-6)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    np.testing.assert_allclose(loaded.predict(x, verbose=0), model.predict(x, verbose=0), atol=1e-6)
+    base.layers[-1].kernel.assign(3 * keras.ops.convert_to_numpy(base.layers[-1].kernel))
+    with pytest.raises(ValueError, match=r"slope of at least 3\.0"):
+        hkr.monotone(base, 1.001, [0])
+
+
+def test_monotone_models_want_features_and_shapes_that_exist():
+    for features in ([], [5], [-1], [1, 1]):
+        with pytest.raises(ValueError, match="different features from 0 to 4"):
+            hkr.monotone(tabular(), 2.0, features)
+    with pytest.raises(ValueError, match="slope of at least"):
+        hkr.monotone(tabular(), np.inf, [0])
+    with pytest.raises(ValueError, match="one input"):
+        hkr.monotone(SMALL["mlp"](), 2.0, [0])
