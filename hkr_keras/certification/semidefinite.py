@@ -52,8 +52,8 @@ def semidefinite_bound(
 
     Example:
 
-    >>> first, second = np.array([[1.0, 1.0]]), np.array([[1.0], [-1.0]])
-    >>> round(semidefinite_bound([first, second]), 3)  # the product of norms is 2, relu(x) - relu(x) is constant
+    >>> first, second = np.array([[1.0, -1.0]]), np.array([[1.0], [1.0]])
+    >>> round(semidefinite_bound([first, second]), 2)  # of relu(x) + relu(-x); the product of norms is 2
     1.0
 
     Reference:
