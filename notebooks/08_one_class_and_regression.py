@@ -60,7 +60,7 @@ low, high = hkr.oneclass.surrounding_box(moons.x_train)
 outliers = np.random.default_rng(1).uniform(low, high, (500, 2)).astype("float32")
 points = np.concatenate([moons.x_test, outliers])
 labels = np.repeat([1, 0], [len(moons.x_test), len(outliers)])
-hkr.plotting.plot_field(model, points, labels, circles=0)
+hkr.plotting.plot_field(model, points, labels, circles=0, names=["outlier", "data"])
 plt.show()
 
 # %% [markdown]
