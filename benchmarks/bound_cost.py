@@ -2,7 +2,7 @@
 
     KERAS_BACKEND=tensorflow python benchmarks/bound_cost.py [--only mlp cnn] [--plot FILE]
 
-"certify" is for 64 inputs, with the bound at hand: predictions, which it compiles anew in every call, and radii.
+"certify" is for 64 inputs, with the bound at hand: predictions and radii.
 """
 
 import argparse

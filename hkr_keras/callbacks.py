@@ -298,9 +298,19 @@ class CertifiedEvaluation(keras.callbacks.Callback):
     """
 
     def __init__(
-        self, x: Any, y: Any, epsilons: Iterable[float], batch_size: int = 128, rigorous: bool = False
+        self,
+        x: Any,
+        y: Any = None,
+        epsilons: Iterable[float] = (),
+        batch_size: int = 128,
+        rigorous: bool = False,
     ) -> None:
         super().__init__()
+        if hasattr(x, "__next__"):
+            raise ValueError(
+                "Expected data that can be read at each epoch: arrays, a dataset or a loader. "
+                f"Received: x of type {type(x).__name__}, which ends after one"
+            )
         self.x, self.y, self.epsilons = x, y, tuple(epsilons)
         self.batch_size, self.rigorous = batch_size, rigorous
 

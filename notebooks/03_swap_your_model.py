@@ -120,7 +120,7 @@ plt.show()
 # ## Two lines to ship it
 #
 # `to_keras` gives back plain Keras layers with the same outputs: the file loads where this package is not installed.
-# `hkr.export(model, "net.onnx", "onnx")` writes ONNX, LiteRT or a SavedModel in the same way, and beside it a
+# `hkr.export(model, "net.onnx")` writes ONNX, LiteRT or a SavedModel in the same way, and beside it a
 # certificate: the constants that turn outputs into radii wherever the file runs.
 
 # %%
