@@ -85,7 +85,7 @@ def semidefinite_bound(
     multipliers = _descend(scaled, steps)
     factor = math.ldexp(math.prod(slopes), sum(exponents)) * up
     tiny = np.finfo(np.float64).tiny * sum(kernel.size for kernel in kernels)  # what scaling can have lost
-    return min(product, (factor * (_proven(scaled, multipliers) + tiny) + moved) * up)
+    return float(min(product, (factor * (_proven(scaled, multipliers) + tiny) + moved) * up))
 
 
 def _proven(kernels: list[np.ndarray], multipliers: list[np.ndarray]) -> float:
