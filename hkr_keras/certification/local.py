@@ -195,7 +195,7 @@ def local_bounds(
     The network is `relu(... relu(x K_1 + b_1) K_2 + b_2 ...) K_n + b_n`. A neuron moves by at most epsilon times its
     own constant, so one that is further from 0 cannot change its side in the ball. A Jacobian is `K_1 D_1 K_2 ... K_n`,
     D diagonal: its entry is known where the neuron cannot change, and within `m +- h` elsewhere.
-    With M the known ones and the middles m, and U the projection on the neurons that can change,
+    With M the known ones and the middles m, and U the projection on the neurons that can change ::
 
         |K_1 D_1 ... K_n| <= |K_1 M_1 ... K_n| + sum_i h_i |K_1 D_1 ... K_i U_i| |U_i K_{i+1} M_{i+1} ... K_n|
 
