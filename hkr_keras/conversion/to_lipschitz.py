@@ -17,6 +17,7 @@ from hkr_keras.certification.bounds import activation_bound, lipschitz_bound, me
 from hkr_keras.certification.checks import check_kernel_layer, check_merge
 from hkr_keras.certification.graph import Application, consumers_of, is_model, source_of, walk
 from hkr_keras.certification.singular_values import as_float64
+from hkr_keras.conversion import calibrating
 from hkr_keras.conversion.rebuilding import Layer, Rebuilder, StandIns, calls_of, copied, from_config, operations_of
 from hkr_keras.geometry import kernel_geometries, overlap
 from hkr_keras.layers.base import LipschitzLayer
@@ -51,6 +52,7 @@ _RECTIFIERS = (
 )
 _RECTIFYING = (_k.ReLU, _k.LeakyReLU, _k.PReLU, _k.ELU)
 _PROBABILITIES = (_a.softmax, _a.sigmoid, _a.log_softmax, _a.log_sigmoid, _a.hard_sigmoid, _a.sparsemax)
+_CALIBRATED = 1024  # inputs
 _PASSING = (_k.Dropout, _k.Identity, _k.Flatten, _k.Reshape, _k.ActivityRegularization)
 
 #: A class, a function from the old layer to a new one, or `None` to keep a layer.
@@ -62,7 +64,8 @@ def to_lipschitz(
     replace: Mapping[type | str, Replacement] | None = None,
     activation: Callable[..., Layer] | None = layers.GroupSort,
     print_fn: Callable[[str], Any] | None = print,
-):
+    calibrate: Any = None,
+) -> keras.Model:
     """A copy of a Keras model with the same graph, made of layers with a Lipschitz constant of at most 1.
 
     - Dense, convolutions (transposed, depthwise and separable too): their Lipschitz counterparts. Trained kernels are
@@ -82,13 +85,18 @@ def to_lipschitz(
         activation: makes the layer that replaces a rectifier; called with `name=`, `dtype=` (and `axis=` where
             `channels_first` plays a part). `None` keeps the rectifiers.
         print_fn: takes a table of what was done, and what is left to do; `None` prints nothing.
+        calibrate: some hundred inputs of the model, an array or a list of one for each of its inputs, of which the
+            first 1,024 are used. On them kernels, biases, means and weights of sums are fitted, layer by layer, so
+            that the new model computes a multiple of what the old one does, as far as it can. The table then says for
+            which share of them both models name the same class.
 
     Returns:
         A model that is not compiled. Compile it, with a loss of this package, before you train it.
 
     Raises:
         ValueError: with the list of all layers that cannot be converted and what to do; for names in `replace` that no
-            layer has; for a model that is not built or has a forward pass of its own.
+            layer has; for inputs to calibrate on that do not fit; for a model that is not built or has a forward
+            pass of its own.
 
     Example:
 
@@ -118,12 +126,35 @@ def to_lipschitz(
             "Expected layers that can be converted or have a finite Lipschitz constant; replace={name or class: ...} "
             f"says what to put in their place. Received: model '{model.name}' with\n" + "\n".join(refused)
         )
+    data = None if calibrate is None else _checked(model, calibrate)
     new = Rebuilder(lambda layer: plan.stand_ins[layer])(model)
-    _rescale_offsets(new, plan.old_layers)
+    if data is None:
+        _rescale_offsets(new, plan.old_layers)
+    else:
+        calibrating.calibrate(new, {old: plan.stand_ins[old][0] for old in plan.replaced}, data)
     bound = lipschitz_bound(new)
     if print_fn is not None:
-        print_fn(_report(plan.rows, new, bound))
+        share = None if data is None else (len(data[0]), calibrating.agreement(model, new, data))
+        print_fn(_report(plan.rows, new, bound, share))
     return new
+
+
+def _checked(model: keras.Model, x: Any) -> list[np.ndarray]:
+    """The inputs to calibrate on, an array for each input of the model."""
+    arrays = [np.asarray(array)[:_CALIBRATED] for array in (x if isinstance(x, (list, tuple)) else [x])]
+    shapes = [tuple(tensor.shape) for tensor in model.inputs]
+    fits = len(arrays) == len(shapes) and all(
+        len(array) > 1
+        and len(array.shape) == len(shape)
+        and all(n in (None, m) for n, m in zip(shape[1:], array.shape[1:], strict=True))
+        for array, shape in zip(arrays, shapes, strict=True)
+    )
+    if not fits or not all(np.isfinite(array).all() for array in arrays):
+        raise ValueError(
+            f"Expected at least two finite inputs of shape {shapes} to calibrate on. "
+            f"Received: calibrate of shape {[array.shape for array in arrays]}"
+        )
+    return [array.astype("float32") for array in arrays]
 
 
 def _ends(model: keras.Model) -> tuple[set[Any], set[Any]]:
@@ -159,6 +190,7 @@ class _Plan:
         self.replace, self.activation, self.last, self.heads = replace, activation, last, heads
         self.stand_ins: dict[Any, StandIns] = {}
         self.old_layers: dict[Layer, Layer] = {}  # by the layer that took over their weights
+        self.replaced: list[Layer] = []
         self.rows: list[tuple[str, str, str]] = []
 
     def refusal(self, operation) -> str | None:
@@ -174,6 +206,7 @@ class _Plan:
         if new is None:
             self.stand_ins[operation], kind = copied(operation), "kept"
         else:
+            self.replaced.append(operation)
             self.stand_ins[operation] = new, functools.partial(_take_over, operation, new, self.old_layers)
             kind = " + ".join(type(layer).__name__ for layer in new) or "dropped: certificates are about logits"
             if operation in self.heads and operation.activation in _PROBABILITIES:
@@ -319,7 +352,7 @@ def _rescale_offsets(model, old_layers: dict[Layer, Layer]) -> None:
     walk(model, [1.0] * len(model.inputs), apply, [tensor.shape for tensor in model.inputs])
 
 
-def _report(rows, model, bound: float) -> str:
+def _report(rows: list, model: keras.Model, bound: float, share: tuple[int, float] | None) -> str:
     table = rich.table.Table("layer", "was", "is now", title=f"{model.name}: Lipschitz constant at most {bound:.4g}")
     table.box = rich.box.SIMPLE_HEAD
     for row in rows:
@@ -327,8 +360,12 @@ def _report(rows, model, bound: float) -> str:
     loss = "HKR" if model.outputs[0].shape[-1] == 1 else "MulticlassHKR"
     text = io.StringIO()
     rich.console.Console(file=text, width=100, force_terminal=False, force_jupyter=False).print(table)
+    same = (
+        "" if share is None else f"\n\nOf {share[0]:,} inputs, {share[1]:.1%} are of the same class before and after."
+    )
     return (
         text.getvalue().rstrip()
+        + same
         + "\n\nCompile the new model before you train it: "
         + f"model.compile('adam', loss=hkr_keras.losses.{loss}(alpha=50, margin=0.5))"
     )

@@ -315,3 +315,75 @@ def test_constrain_leaves_alone_what_it_is_told_to_and_layers_of_this_package():
         hkr.constrain(keras.Sequential([keras.Input((4,)), K.ReLU()]))
     with pytest.raises(ValueError, match="Expected the constraint"):
         hkr.constrain(model, keras.constraints.NonNeg())
+
+
+def digits_cnn(data, epochs):
+    """Batch normalisation, a sum, max pooling and dropout; trained."""
+    inputs = keras.Input((8, 8, 1))
+    x = K.ReLU()(K.BatchNormalization(momentum=0.8)(K.Conv2D(8, 3, padding="same", use_bias=False)(inputs)))
+    y = K.ReLU()(K.BatchNormalization(momentum=0.8)(K.Conv2D(8, 3, padding="same", use_bias=False)(x)))
+    x = K.Dropout(0.2)(K.Flatten()(K.MaxPooling2D(2)(K.Add()([x, y]))))
+    model = keras.Model(inputs, K.Dense(10, "softmax")(K.Dense(32, "relu")(x)))
+    model.compile(keras.optimizers.Adam(0.01), "sparse_categorical_crossentropy")
+    model.fit(data.x_train, data.y_train, batch_size=64, epochs=epochs, verbose=0)
+    return model
+
+
+def test_calibration_keeps_the_classes_of_a_trained_network():
+    keras.utils.set_random_seed(0)
+    data = hkr.datasets.load("digits")
+    model = digits_cnn(data, epochs=3)
+    before = [to_numpy(weight) for weight in model.weights]
+
+    def accuracy(net):
+        return (to_numpy(net(data.x_test)).argmax(axis=1) == data.y_test).mean()
+
+    said = []
+    calibrated = hkr.to_lipschitz(model, activation=None, calibrate=data.x_train, print_fn=said.append)
+    usual = hkr.to_lipschitz(model, activation=None, print_fn=None)
+    assert all(np.array_equal(to_numpy(w), b) for w, b in zip(model.weights, before, strict=True))
+    assert accuracy(model) > 0.9
+    assert accuracy(calibrated) > max(0.85, accuracy(usual))
+    (line,) = (line for line in said[0].splitlines() if "before and after" in line)
+    share = np.mean(
+        to_numpy(model(data.x_train[:1024])).argmax(1) == to_numpy(calibrated(data.x_train[:1024])).argmax(1)
+    )
+    assert f"Of 1,024 inputs, {share:.1%} are of the same class" in line
+    assert hkr.lipschitz_bound(calibrated) < 10**0.5 * 1.01
+    for layer in calibrated.layers:
+        for name in hkr.geometry.kernel_geometries(layer):
+            kernel = to_numpy(getattr(layer, name))
+            np.testing.assert_allclose(to_numpy(getattr(layer, name).constraint(kernel)), kernel, atol=1e-4)
+    again = hkr.to_lipschitz(model, calibrate=data.x_train[:300], print_fn=None)
+    assert accuracy(again) > 0.7  # with GroupSort
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        [K.Conv2D(4, (2, 3), strides=2, padding="same", activation="relu"), K.Flatten()],
+        [K.Conv2D(4, 3, dilation_rate=2, padding="valid", activation="relu"), K.Flatten()],
+        [K.Conv2D(4, 3, groups=2), K.DepthwiseConv2D(3, activation="relu"), K.Flatten()],
+        [K.SeparableConv2D(4, 3), K.Conv2DTranspose(4, 3, strides=2), K.GlobalAveragePooling2D()],
+        [K.Reshape((18, 8)), K.Conv1D(4, 3, padding="causal", activation="relu"), K.Flatten()],
+        [K.Reshape((18, 8)), K.TimeDistributed(K.Dense(4, activation="relu")), K.Flatten()],
+        [keras.Sequential([keras.Input((6, 12, 2)), K.Conv2D(4, 3, activation="tanh")]), K.Flatten()],
+        [K.AveragePooling2D(2), K.BatchNormalization(), K.Flatten(), K.Dense(8, activation="softplus")],
+    ],
+)
+def test_calibration_of_every_kind_of_kernel(layers):
+    """A model whose kernels are multiples of orthonormal ones keeps its function up to a factor and a shift."""
+    layers = [type(layer).from_config(layer.get_config()) for layer in layers]
+    model = keras.Sequential([keras.Input((6, 12, 2)), *layers, K.Dense(3)])
+    x = normal((40, 6, 12, 2))
+    converted = hkr.to_lipschitz(model, activation=None, calibrate=x, print_fn=None)
+    assert hkr.lipschitz_bound(converted) < 3**0.5 * 1.01
+    old, new = (to_numpy(net(x)) - to_numpy(net(x)).mean(axis=0) for net in (model, converted))
+    assert np.vdot(old, new) / np.linalg.norm(old) / np.linalg.norm(new) > 0.7
+
+
+@pytest.mark.parametrize("x", [np.ones((4, 3)), np.ones((1, 4)), [np.ones((4, 4))] * 2, np.full((4, 4), np.nan)])
+def test_calibration_refuses_other_inputs(x):
+    model = keras.Sequential([keras.Input((4,)), K.Dense(3)])
+    with pytest.raises(ValueError, match="Received: calibrate of shape"):
+        hkr.to_lipschitz(model, calibrate=x, print_fn=None)
