@@ -85,7 +85,7 @@ class LipschitzConstraint(keras.constraints.Constraint):
             )
         return self.geometry or Geometry()
 
-    def _on_matrices(self, function, kernel: Tensor) -> Tensor:
+    def _on_matrices(self, function: Any, kernel: Tensor) -> Tensor:
         geometry = self._geometry_of(kernel)
         kernel = ops.convert_to_tensor(kernel)
         matrices = geometry.to_matrices(kernel)
@@ -150,13 +150,13 @@ class Orthonormal(LipschitzConstraint):
         Björck and Bowie 1971; Anil et al., ICML 2019 (arXiv 1811.05381).
     """
 
-    def _project(self, matrices):
+    def _project(self, matrices: Any) -> Any:
         return linalg.newton_schulz(matrices)
 
-    def start(self, kernel):
+    def start(self, kernel: Any) -> Any:
         return self._on_matrices(linalg.orthonormal_basis, kernel)
 
-    def polish(self, kernel):
+    def polish(self, kernel: Any) -> Any:
         return self._on_matrices(_newton_schulz_to_precision, kernel)
 
 
@@ -180,7 +180,7 @@ class DeferredOrthonormal(Orthonormal):
     True
     """
 
-    def __call__(self, w):
+    def __call__(self, w: Any) -> Any:
         return w
 
 
@@ -197,7 +197,7 @@ class SpectralBall(LipschitzConstraint):
         Gouk et al., Machine Learning 110 (2021).
     """
 
-    def _project(self, matrices):
+    def _project(self, matrices: Any) -> Any:
         return linalg.spectral_ball(matrices)
 
 
@@ -217,7 +217,7 @@ class UnitNorm(LipschitzConstraint):
         Serrurier et al., CVPR 2021 (arXiv 2006.06520), section 4.
     """
 
-    def project(self, kernel):
+    def project(self, kernel: Any) -> Any:
         axes = self._geometry_of(kernel).output_vector_axes(len(kernel.shape))
         return linalg.unit_norm(ops.convert_to_tensor(kernel), axis=axes)
 
@@ -235,7 +235,7 @@ def _newton_schulz_to_precision(matrices: Tensor) -> Tensor:
     return w
 
 
-def get(constraint) -> LipschitzConstraint:
+def get(constraint: Any) -> LipschitzConstraint:
     """The constraint of a kernel: `Orthonormal()` for `None`, otherwise one of this package's own.
 
     Raises:
@@ -388,7 +388,7 @@ def projection(kernels: Sequence[tuple[Any, LipschitzConstraint]]) -> Callable[[
         lambda values: [constraint.project(value) for (_, constraint), value in zip(kernels, values, strict=True)]
     )
 
-    def run():
+    def run() -> Any:
         values = project_all([ops.stop_gradient(ops.convert_to_tensor(kernel)) for kernel, _ in kernels])
         for (kernel, _), value in zip(kernels, values, strict=True):
             kernel.assign(value)

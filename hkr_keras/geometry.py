@@ -64,7 +64,7 @@ class Geometry:
         return tuple(axis for axis in range(rank) if axis not in outputs)
 
 
-def overlap(window, strides, dilation) -> int:
+def overlap(window: Any, strides: Any, dilation: Any) -> int:
     """The largest number of windows that see one pixel.
 
     Per dimension `ceil(k / (s / gcd(s, d)))`; for dilation 1 this is `ceil(k / s)`. It is the maximum over
@@ -79,12 +79,12 @@ def overlap(window, strides, dilation) -> int:
     return math.prod(-(-k // (s // math.gcd(s, d))) for k, s, d in zip(window, strides, dilation, strict=True))
 
 
-def _convolution(layer, **kwargs) -> Geometry:
+def _convolution(layer: Any, **kwargs: Any) -> Geometry:
     return Geometry(gain=math.sqrt(overlap(layer.kernel_size, layer.strides, layer.dilation_rate)), **kwargs)
 
 
 @functools.singledispatch
-def kernel_geometries(layer) -> dict[str, Geometry]:
+def kernel_geometries(layer: Any) -> dict[str, Geometry]:
     """The geometry of every kernel of a layer, keyed by weight name. Empty: nothing to project.
 
     Register a layer of your own with `@kernel_geometries.register(MyLayer)`.
@@ -98,38 +98,38 @@ def kernel_geometries(layer) -> dict[str, Geometry]:
 
 
 @kernel_geometries.register
-def _(layer: keras.layers.Dense):
+def _(layer: keras.layers.Dense) -> dict[str, Geometry]:
     return {"kernel": Geometry()}
 
 
 @kernel_geometries.register(keras.layers.Conv1D)
 @kernel_geometries.register(keras.layers.Conv2D)
 @kernel_geometries.register(keras.layers.Conv3D)
-def _(layer):
+def _(layer: Any) -> dict[str, Geometry]:
     return {"kernel": _convolution(layer, groups=layer.groups)}
 
 
 @kernel_geometries.register(keras.layers.Conv1DTranspose)
 @kernel_geometries.register(keras.layers.Conv2DTranspose)
 @kernel_geometries.register(keras.layers.Conv3DTranspose)
-def _(layer):
+def _(layer: Any) -> dict[str, Geometry]:
     return {"kernel": _convolution(layer, transposed=True)}
 
 
 @kernel_geometries.register(keras.layers.DepthwiseConv1D)
 @kernel_geometries.register(keras.layers.DepthwiseConv2D)
-def _(layer):
+def _(layer: Any) -> dict[str, Geometry]:
     return {"kernel": _convolution(layer, depthwise=True)}
 
 
 @kernel_geometries.register(keras.layers.SeparableConv1D)
 @kernel_geometries.register(keras.layers.SeparableConv2D)
-def _(layer):
+def _(layer: Any) -> dict[str, Geometry]:
     return {"depthwise_kernel": _convolution(layer, depthwise=True), "pointwise_kernel": Geometry()}
 
 
 @functools.singledispatch
-def weight_geometries(layer) -> dict[str, Geometry]:
+def weight_geometries(layer: Any) -> dict[str, Geometry]:
     """The geometry of every weight that is kept on a constraint set, keyed by weight name.
 
     Of most layers these are the kernels themselves; a layer that composes its kernel registers its factors here.

@@ -20,7 +20,7 @@ def _working_dtype(tensor: Tensor) -> str:
     return dtype if dtype in ("float32", "float64") else "float32"
 
 
-def _norm(tensor: Tensor, axis) -> Tensor:
+def _norm(tensor: Tensor, axis: Any) -> Tensor:
     return ops.sqrt(ops.sum(ops.square(tensor), axis=axis, keepdims=True))
 
 
@@ -29,7 +29,7 @@ def _matrix_norm(matrices: Tensor) -> Tensor:
     return _norm(matrices, axis=(-2, -1))
 
 
-def unit_norm(tensor: Tensor, axis=-2) -> Tensor:
+def unit_norm(tensor: Tensor, axis: Any = -2) -> Tensor:
     """Scales every vector along `axis` to Euclidean norm 1.
 
     Solves `min |u - w|` subject to `|u| = 1`. A vector of zeros stays zero.
@@ -106,7 +106,7 @@ def _squared_norm_bound(gram: Tensor, deviation: Tensor) -> Tensor:
     """An upper bound on `|W|^2 = |G|`: `1 + |G - I|_F`, and after a wild step the smallest of three bounds."""
     near = 1.0 + _matrix_norm(deviation)
 
-    def smallest():
+    def smallest() -> Any:
         fourth_power = _matrix_norm(ops.matmul(deviation, deviation))  # |G - I|^2 is at most this
         return ops.minimum(ops.minimum(near, _matrix_norm(gram)), 1.0 + ops.sqrt(fourth_power))
 

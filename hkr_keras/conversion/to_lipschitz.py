@@ -60,7 +60,7 @@ Replacement = type | Callable[[Any], Layer] | None
 
 
 def to_lipschitz(
-    model,
+    model: Any,
     replace: Mapping[type | str, Replacement] | None = None,
     activation: Callable[..., Layer] | None = layers.GroupSort,
     print_fn: Callable[[str], Any] | None = print,
@@ -162,7 +162,7 @@ def _ends(model: keras.Model) -> tuple[set[Any], set[Any]]:
     last: set[Any] = set()
     heads: set[Any] = set()
 
-    def visit(tensor):
+    def visit(tensor: Any) -> None:
         layer, sources, index = source_of(tensor)
         if is_model(layer):
             visit(layer.outputs[index])
@@ -179,21 +179,21 @@ def _ends(model: keras.Model) -> tuple[set[Any], set[Any]]:
     return last, heads
 
 
-def _makes_probabilities(layer) -> bool:
+def _makes_probabilities(layer: Any) -> bool:
     return type(layer) is _k.Softmax or (type(layer) is _k.Activation and layer.activation in _PROBABILITIES)
 
 
 class _Plan:
     """What stands for every layer, and what to tell of it."""
 
-    def __init__(self, replace: Mapping, activation, last: set[Any], heads: set[Any]):
+    def __init__(self, replace: Mapping, activation: Any, last: set[Any], heads: set[Any]):
         self.replace, self.activation, self.last, self.heads = replace, activation, last, heads
         self.stand_ins: dict[Any, StandIns] = {}
         self.old_layers: dict[Layer, Layer] = {}  # by the layer that took over their weights
         self.replaced: list[Layer] = []
         self.rows: list[tuple[str, str, str]] = []
 
-    def refusal(self, operation) -> str | None:
+    def refusal(self, operation: Any) -> str | None:
         """Finds what stands for an operation, or tells why nothing can."""
         if isinstance(operation, _k.InputLayer):
             return None
@@ -214,7 +214,7 @@ class _Plan:
         self.rows.append((operation.name, type(operation).__name__, kind))
         return None
 
-    def layers(self, layer) -> list[Layer] | None:
+    def layers(self, layer: Any) -> list[Layer] | None:
         """The new layers that stand for one, or `None` for itself."""
         given = [self.replace[key] for key in (layer.name, *type(layer).__mro__) if key in self.replace]
         if given and given[0] is not None:
@@ -231,7 +231,7 @@ class _Plan:
         _check_kept(layer, asked=bool(given))
         return None
 
-    def of_class(self, cls: type, layer) -> list[Layer]:
+    def of_class(self, cls: type, layer: Any) -> list[Layer]:
         """A layer of another class, and a rectifier that was part of the old one."""
         _check_inputs(layer)
         for variable in layer.weights:
@@ -249,7 +249,7 @@ class _Plan:
             changes["kernel_constraint"] = constraints.UnitNorm()
         return [from_config(cls, layer, **changes), *follower]
 
-    def rectifier(self, layer, name: str) -> list[Layer]:
+    def rectifier(self, layer: Any, name: str) -> list[Layer]:
         """The activation that replaces a rectifier, or nothing where it cannot."""
         ((shape, *_), *_) = calls_of(layer)
         shape = layer.compute_output_shape(shape)
@@ -263,24 +263,24 @@ class _Plan:
         return [self.activation(name=name, dtype=layer.dtype_policy, **axis)]
 
 
-def _rectifies(layer) -> bool:
+def _rectifies(layer: Any) -> bool:
     return getattr(layer, "activation", None) in _RECTIFIERS
 
 
-def _counterpart(layer) -> type | None:
+def _counterpart(layer: Any) -> type | None:
     overlapping = _OVERLAPPING.get(type(layer))
     if overlapping and overlap(layer.pool_size, layer.strides, (1,) * len(layer.pool_size)) > 1:
         return overlapping
     return COUNTERPARTS.get(type(layer))
 
 
-def _check_inputs(layer) -> None:
+def _check_inputs(layer: Any) -> None:
     for shapes in calls_of(layer):
         if len(shapes) > 1:
             check_merge(layer, shapes)
 
 
-def _check_kept(layer, asked: bool) -> None:
+def _check_kept(layer: Any, asked: bool) -> None:
     """Refuses to keep a layer without a proven bound, or an unconstrained kernel unless that was asked for."""
     _check_inputs(layer)
     several = max(map(len, calls_of(layer)), default=1)
@@ -292,7 +292,7 @@ def _check_kept(layer, asked: bool) -> None:
         raise ValueError("it has a kernel that nothing would constrain")
 
 
-def _take_over(old, new: list[Layer], old_layers: dict[Layer, Layer]) -> None:
+def _take_over(old: Any, new: list[Layer], old_layers: dict[Layer, Layer]) -> None:
     """Gives the first new layer the weights of the old one that have the same name and shape, on their constraint set.
 
     A layer without a place for all kernels of the old one starts anew.
@@ -311,7 +311,7 @@ def _take_over(old, new: list[Layer], old_layers: dict[Layer, Layer]) -> None:
                 weight.assign(weight.constraint.polish(weight))
 
 
-def _rescale_offsets(model, old_layers: dict[Layer, Layer]) -> None:
+def _rescale_offsets(model: Any, old_layers: dict[Layer, Layer]) -> None:
     """Makes biases and means as much smaller as the activations have become.
 
     Most of these networks are positively homogeneous: when a projection divides a kernel by 5 and all later biases

@@ -120,7 +120,7 @@ class _ChannelActivation(keras.layers.Layer):
         self.axis = (1 if first else -1) if axis is None else axis  # stored, so that a file means the same anywhere
         self.supports_masking = True
 
-    def build(self, input_shape):
+    def build(self, input_shape: Any) -> None:
         channels = input_shape[self.axis]
         if self.axis % len(input_shape) == 0:
             raise ValueError(f"Expected a channel axis, not the batch. Received: axis={self.axis}")
@@ -145,10 +145,10 @@ class _ChannelActivation(keras.layers.Layer):
     def _as_keras(self, new: PlainLayers, x: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape: Any) -> Any:
         return input_shape
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "axis": self.axis}
 
 
@@ -192,7 +192,7 @@ class GroupSort(_ChannelActivation):
         super().__init__(axis=axis, **kwargs)
         self.n = self.group = n
 
-    def call(self, inputs):
+    def call(self, inputs: Tensor) -> Tensor:
         return group_sort(inputs, self.n, self.axis)
 
     def _as_keras(self, new: PlainLayers, x: Tensor) -> Tensor:
@@ -209,7 +209,7 @@ class GroupSort(_ChannelActivation):
             groups = ops.sort(groups, axis=-1)
         return new(keras.layers.Reshape, (*sizes, channels))(groups)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {"n": self.n, **super().get_config()}
 
 
@@ -236,7 +236,7 @@ class MaxMin(_ChannelActivation):
         Singla and Feizi, ICML 2021 (arXiv 2105.11417), section 5.
     """
 
-    def call(self, inputs):
+    def call(self, inputs: Tensor) -> Tensor:
         first, second = ops.split(inputs, 2, axis=self.axis)
         excess = ops.relu(second - first)  # whose gradient costs a tenth of that of a maximum
         return ops.concatenate([first + excess, second - excess], axis=self.axis)
@@ -271,7 +271,7 @@ class FullSort(_ChannelActivation):
 
     group = 1
 
-    def call(self, inputs):
+    def call(self, inputs: Tensor) -> Tensor:
         return ops.sort(inputs, axis=self.axis)
 
     def as_keras(self, new: PlainLayers, *inputs: Tensor) -> Tensor:
@@ -299,7 +299,7 @@ class Householder(_ChannelActivation):
         Singla, Singla and Feizi, ICLR 2022 (arXiv 2108.04062), section 4.
     """
 
-    def build(self, input_shape):
+    def build(self, input_shape: Any) -> None:
         super().build(input_shape)
         self.angles = self.add_weight(
             name="angles",
@@ -307,7 +307,7 @@ class Householder(_ChannelActivation):
             initializer=keras.initializers.Constant(math.pi / 2),
         )
 
-    def call(self, inputs):
+    def call(self, inputs: Tensor) -> Tensor:
         return householder(inputs, self.angles, self.axis)
 
     def _as_keras(self, new: PlainLayers, x: Tensor) -> Tensor:

@@ -106,18 +106,18 @@ class _Rescaled(ComposedKernel):
 
     strides: Any = ()
 
-    def add_weight(self, *args, name=None, regularizer=None, **kwargs):
+    def add_weight(self, *args: Any, name: Any = None, regularizer: Any = None, **kwargs: Any) -> Any:
         if name != "kernel":
             return super().add_weight(*args, name=name, regularizer=regularizer, **kwargs)
         self.unscaled = super().add_weight(*args, name="unscaled", **{**kwargs, "autocast": False})
         return self.unscaled
 
-    def compose(self):
+    def compose(self) -> Any:
         return almost_orthogonal(at_least_float32(self.unscaled), self.strides)
 
 
 @weight_geometries.register(_Rescaled)
-def _(layer):
+def _(layer: Any) -> dict[str, Geometry]:
     return {}  # nothing to project
 
 
@@ -145,7 +145,7 @@ class AOLDense(_Rescaled, keras.layers.Dense):
 
     __signature__ = inspect.signature(keras.layers.Dense)
 
-    def operate(self, inputs, kernel):
+    def operate(self, inputs: Tensor, kernel: Any) -> Tensor:
         return ops.matmul(inputs, kernel)
 
 
@@ -175,12 +175,12 @@ class AOLConv2D(_Rescaled, keras.layers.Conv2D):
 
     __signature__ = inspect.signature(keras.layers.Conv2D)
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         if self.groups != 1:
             raise ValueError(f"Expected groups=1 for AOLConv2D. Received: groups={self.groups}")
 
-    def operate(self, inputs, kernel):
+    def operate(self, inputs: Tensor, kernel: Any) -> Tensor:
         return ops.conv(inputs, kernel, list(self.strides), self.padding, self.data_format, self.dilation_rate)
 
 
@@ -189,29 +189,29 @@ class _Residual(LipschitzLayer, keras.layers.Layer):
 
     strides: tuple[int, ...] = ()
 
-    def __init__(self, kernel_initializer="orthogonal", bias_initializer="zeros", **kwargs):
+    def __init__(self, kernel_initializer: Any = "orthogonal", bias_initializer: Any = "zeros", **kwargs: Any):
         super().__init__(**kwargs)
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.bias_initializer = keras.initializers.get(bias_initializer)
         self.supports_masking = True
 
-    def _add_weights(self, shape, initializer):
+    def _add_weights(self, shape: Any, initializer: Any) -> None:
         self.unscaled = self.add_weight(name="unscaled", shape=shape, initializer=initializer, autocast=False)
         self.bias = self.add_weight(name="bias", shape=shape[-1:], initializer=self.bias_initializer)
         self.built = True
 
     @property
-    def kernel(self):
+    def kernel(self) -> Any:
         """W, computed from the weight `unscaled` wherever it is read."""
         return almost_orthogonal(at_least_float32(self.unscaled), self.strides)
 
     def _stored(self) -> list:
         return [ops.convert_to_numpy(weight) for weight in (self.kernel, self.bias)]
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape: Any) -> Any:
         return input_shape
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {
             **super().get_config(),
             "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
@@ -222,10 +222,10 @@ class _Residual(LipschitzLayer, keras.layers.Layer):
 class _AtCentre(keras.initializers.Initializer):
     """A kernel `(*window, inputs, outputs)` that is zero but for the centre, which another initializer makes."""
 
-    def __init__(self, initializer):
+    def __init__(self, initializer: Any):
         self.initializer = initializer
 
-    def __call__(self, shape, dtype=None):
+    def __call__(self, shape: Any, dtype: Any = None) -> Any:
         *window, inputs, outputs = shape
         centre = ops.reshape(self.initializer((inputs, outputs), dtype=dtype), (*(1 for _ in window), inputs, outputs))
         return ops.pad(centre, [*((k // 2, k // 2) for k in window), (0, 0), (0, 0)])
@@ -263,16 +263,18 @@ class SLLDense(_Residual):
         Araujo et al., ICLR 2023 (arXiv 2303.03169), theorem 3; Meunier et al., ICML 2022 (arXiv 2110.12690).
     """
 
-    def __init__(self, units, kernel_initializer="orthogonal", bias_initializer="zeros", **kwargs):
+    def __init__(
+        self, units: Any, kernel_initializer: Any = "orthogonal", bias_initializer: Any = "zeros", **kwargs: Any
+    ):
         if not isinstance(units, int) or units < 1:
             raise ValueError(f"Expected a positive number of units. Received: units={units}")
         super().__init__(kernel_initializer, bias_initializer, **kwargs)
         self.units = units
 
-    def build(self, input_shape):
+    def build(self, input_shape: Any) -> None:
         self._add_weights((input_shape[-1], self.units), self.kernel_initializer)
 
-    def call(self, inputs):
+    def call(self, inputs: Tensor) -> Tensor:
         kernel = ops.cast(self.kernel, self.compute_dtype)
         hidden = ops.relu(ops.matmul(inputs, kernel) + self.bias)
         return inputs - 2 * ops.matmul(hidden, ops.transpose(kernel))
@@ -284,7 +286,7 @@ class SLLDense(_Residual):
         back = new(keras.layers.Dense, x.shape[-1], use_bias=False, weights=[-2 * kernel.T])(hidden)
         return new(keras.layers.Add)([x, back])
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {"units": self.units, **super().get_config()}
 
 
@@ -319,7 +321,14 @@ class SLLConv2D(_Residual):
 
     strides = dilation_rate = (1, 1)
 
-    def __init__(self, filters, kernel_size, kernel_initializer="orthogonal", bias_initializer="zeros", **kwargs):
+    def __init__(
+        self,
+        filters: int,
+        kernel_size: int | Sequence[int],
+        kernel_initializer: Any = "orthogonal",
+        bias_initializer: Any = "zeros",
+        **kwargs: Any,
+    ):
         if not isinstance(filters, int) or filters < 1:
             raise ValueError(f"Expected a positive number of filters. Received: filters={filters}")
         window = (kernel_size,) * 2 if isinstance(kernel_size, int) else tuple(kernel_size)
@@ -330,10 +339,10 @@ class SLLConv2D(_Residual):
         self.kernel_size = window
         self.input_spec = keras.layers.InputSpec(ndim=4)
 
-    def build(self, input_shape):
+    def build(self, input_shape: Any) -> None:
         self._add_weights((*self.kernel_size, input_shape[-1], self.filters), _AtCentre(self.kernel_initializer))
 
-    def call(self, inputs):
+    def call(self, inputs: Tensor) -> Tensor:
         kernel = ops.cast(self.kernel, self.compute_dtype)
         hidden = ops.relu(ops.conv(inputs, kernel, padding="same", data_format="channels_last") + self.bias)
         return inputs - 2 * ops.conv_transpose(hidden, kernel, padding="same", data_format="channels_last")
@@ -346,15 +355,15 @@ class SLLConv2D(_Residual):
         adjoint = new(keras.layers.Conv2DTranspose, x.shape[-1], use_bias=False, weights=[-2 * kernel], **settings)
         return new(keras.layers.Add)([x, adjoint(hidden)])
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {"filters": self.filters, "kernel_size": self.kernel_size, **super().get_config()}
 
 
 @kernel_geometries.register(_Residual)
-def _(layer):
+def _(layer: Any) -> dict[str, Geometry]:
     return {"kernel": Geometry()}
 
 
 @weight_geometries.register(_Residual)
-def _(layer):
+def _(layer: Any) -> dict[str, Geometry]:
     return {}

@@ -70,7 +70,9 @@ class LipschitzLayer:
         if isinstance(activation, keras.layers.Layer) and not activation.built:
             activation.build(self.compute_output_shape(input_shape))  # type: ignore[attr-defined]
 
-    def add_weight(self, *args, name=None, initializer=None, constraint=None, **kwargs):
+    def add_weight(
+        self, *args: Any, name: Any = None, initializer: Any = None, constraint: Any = None, **kwargs: Any
+    ) -> Any:
         geometry = weight_geometries(self).get(name)
         if geometry is not None:
             if self.quantization_mode:
@@ -85,17 +87,17 @@ class LipschitzLayer:
         """What the layer is in plain Keras layers: see `PlainLayers`."""
         return new.alike(keras_class(self), self.get_weights())  # type: ignore[attr-defined]
 
-    def enable_lora(self, rank, *args, **kwargs):
+    def enable_lora(self, rank: Any, *args: Any, **kwargs: Any) -> None:
         raise ValueError(
             f"Expected the kernel of {type(self).__name__} '{self.name}' to change through its constraint only; "
             "LoRA adds to it behind the constraint. Fine-tune the layer itself, or convert the model to plain "
             f"Keras layers first. Received: rank={rank}"
         )
 
-    def quantize(self, mode=None, *args, **kwargs):
+    def quantize(self, mode: Any = None, *args: Any, **kwargs: Any) -> None:
         self._refuse_quantization(mode)
 
-    def _refuse_quantization(self, mode):
+    def _refuse_quantization(self, mode: Any) -> None:
         raise ValueError(
             f"Expected the kernel of {type(self).__name__} '{self.name}' to stay in floating point: quantized "
             f"weights are off the constraint set and no bound here covers them. Received: mode={mode}"
@@ -109,16 +111,16 @@ class ComposedKernel(LipschitzLayer, keras.layers.Layer):
     replaces by weights of another name. The kernel is computed in at least float32, and then cast.
     """
 
-    def compose(self):
+    def compose(self) -> Any:
         """The kernel, from the weights."""
         raise NotImplementedError
 
-    def operate(self, inputs, kernel):
+    def operate(self, inputs: Any, kernel: Any) -> Any:
         """The linear part of the layer."""
         raise NotImplementedError
 
     @property
-    def kernel(self):
+    def kernel(self) -> Any:
         """The kernel that the layer computes with, in float32 (or float64)."""
         if not self.built:
             raise AttributeError(
@@ -128,10 +130,10 @@ class ComposedKernel(LipschitzLayer, keras.layers.Layer):
         return self.compose()
 
     @kernel.setter
-    def kernel(self, weight):
+    def kernel(self, weight: Any) -> Any:
         """Keras stores here what `add_weight` made for it; these weights have attributes of their own."""
 
-    def call(self, inputs):
+    def call(self, inputs: Any) -> Any:
         kernel = self.kernel
         if self.kernel_regularizer is not None:
             self.add_loss(self.kernel_regularizer(kernel))
@@ -150,13 +152,13 @@ class ComposedKernel(LipschitzLayer, keras.layers.Layer):
         """The composed kernel and the bias."""
         return [ops.convert_to_numpy(weight) for weight in (self.kernel, self.bias) if weight is not None]
 
-    def save_own_variables(self, store):
+    def save_own_variables(self, store: Any) -> None:
         keras.layers.Layer.save_own_variables(self, store)
 
-    def load_own_variables(self, store):
+    def load_own_variables(self, store: Any) -> None:
         keras.layers.Layer.load_own_variables(self, store)
 
 
-def at_least_float32(weight):
+def at_least_float32(weight: Any) -> Any:
     """A weight in the precision in which kernels are computed."""
     return ops.cast(weight, keras.backend.result_type(weight.dtype, "float32"))

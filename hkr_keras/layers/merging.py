@@ -49,7 +49,7 @@ class LipschitzResidual(keras.layers.Layer):
             return None
         return functools.reduce(ops.logical_or, mask)
 
-    def build(self, input_shape):
+    def build(self, input_shape: Any) -> None:
         shapes = [tuple(shape) for shape in input_shape if isinstance(shape, (tuple, list))]
         if len(shapes) < 2 or any(shape[1:] != shapes[0][1:] for shape in shapes):
             raise ValueError(
@@ -59,7 +59,7 @@ class LipschitzResidual(keras.layers.Layer):
         self.mixing_logits = self.add_weight(name="mixing_logits", shape=(len(shapes),), initializer="zeros")
         self.built = True
 
-    def call(self, inputs):
+    def call(self, inputs: Tensor) -> Tensor:
         weights = ops.cast(ops.softmax(self.mixing_logits), inputs[0].dtype)
         return sum(weights[i] * x for i, x in enumerate(inputs))
 
@@ -70,7 +70,7 @@ class LipschitzResidual(keras.layers.Layer):
             [new(keras.layers.Rescaling, weight)(x) for weight, x in zip(weights, inputs, strict=True)]
         )
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape: Any) -> Any:
         return input_shape[0]
 
 
@@ -94,22 +94,22 @@ class Scale(keras.layers.Layer):
     2.5
     """
 
-    def __init__(self, k: float = 1.0, **kwargs):
+    def __init__(self, k: float = 1.0, **kwargs: Any):
         if not isinstance(k, (int, float)) or not math.isfinite(k) or k == 0:
             raise ValueError(f"Expected the factor to be a finite number other than 0. Received: k={k}")
         super().__init__(**kwargs)
         self.k = float(k)
         self.supports_masking = True
 
-    def call(self, inputs):
+    def call(self, inputs: Tensor) -> Tensor:
         return ops.cast(inputs, self.compute_dtype) * ops.cast(self.k, self.compute_dtype)
 
     def as_keras(self, new: PlainLayers, *inputs: Tensor) -> Layer:
         """The same layer of Keras."""
         return new.alike(keras.layers.Rescaling, scale=self.k, offset=0.0)
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape: Any) -> Any:
         return input_shape
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "k": self.k}

@@ -31,13 +31,13 @@ class LayerCentering(keras.layers.Layer):
     [[-1.0, 1.0]]
     """
 
-    def __init__(self, axis=-1, center: bool = True, **kwargs):
+    def __init__(self, axis: Any = -1, center: bool = True, **kwargs: Any):
         super().__init__(**kwargs)
         self.axis = axis if isinstance(axis, int) else tuple(axis)
         self.center = center
         self.supports_masking = True
 
-    def build(self, input_shape):
+    def build(self, input_shape: Any) -> None:
         axes = {axis % len(input_shape) for axis in ((self.axis,) if isinstance(self.axis, int) else self.axis)}
         if 0 in axes:
             raise ValueError(f"Expected axes within one input, not the batch. Received: axis={self.axis}")
@@ -52,7 +52,7 @@ class LayerCentering(keras.layers.Layer):
             self.input_spec = keras.layers.InputSpec(ndim=len(input_shape), axes={a: input_shape[a] for a in axes})
         self.built = True
 
-    def call(self, inputs):
+    def call(self, inputs: Tensor) -> Tensor:
         outputs = inputs - ops.mean(inputs, axis=self.axis, keepdims=True)
         return outputs + ops.cast(self.bias, outputs.dtype) if self.center else outputs
 
@@ -63,10 +63,10 @@ class LayerCentering(keras.layers.Layer):
             return outputs
         return new(keras.layers.Rescaling, 1.0, offset=ops.convert_to_numpy(self.bias).tolist())(outputs)
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape: Any) -> Any:
         return input_shape
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "axis": self.axis, "center": self.center}
 
 
@@ -110,7 +110,7 @@ class BatchCentering(keras.layers.Layer):
     [[-1.0], [1.0]]
     """
 
-    def __init__(self, axis: int = -1, momentum: float = 0.99, center: bool = True, **kwargs):
+    def __init__(self, axis: int = -1, momentum: float = 0.99, center: bool = True, **kwargs: Any):
         if not 0 <= momentum < 1:
             raise ValueError(f"Expected momentum in [0, 1). Received: momentum={momentum}")
         super().__init__(**kwargs)
@@ -119,7 +119,7 @@ class BatchCentering(keras.layers.Layer):
         self.center = center
         self.supports_masking = True
 
-    def build(self, input_shape):
+    def build(self, input_shape: Any) -> None:
         size = input_shape[self.axis]
         if size is None:
             raise ValueError(
@@ -135,7 +135,7 @@ class BatchCentering(keras.layers.Layer):
             self.bias = self.add_weight(name="bias", shape=(size,), initializer="zeros")
         self.built = True
 
-    def call(self, inputs, training=False, mask=None):
+    def call(self, inputs: Tensor, training: Any = False, mask: Any = None) -> Tensor:
         rank = len(inputs.shape)
         axis = self.axis % rank
         shape = tuple(-1 if i == axis else 1 for i in range(rank))
@@ -153,9 +153,9 @@ class BatchCentering(keras.layers.Layer):
         weights = [*([ops.convert_to_numpy(self.bias)] if self.center else []), mean, mean * 0 + 1]
         return new.alike(keras.layers.BatchNormalization, weights, epsilon=0.0, scale=False)
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape: Any) -> Any:
         return input_shape
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         config = {"axis": self.axis, "momentum": self.momentum, "center": self.center}
         return {**super().get_config(), **config}

@@ -73,7 +73,7 @@ def dilated(kernel: Tensor, rates: Sequence[int]) -> Tensor:
     return kernel
 
 
-def orthogonal_kernel(mixing: Tensor, bases: Tensor | None, window: Sequence[int], inputs: int, groups: int = 1):
+def orthogonal_kernel(mixing: Tensor, bases: Tensor | None, window: Sequence[int], inputs: int, groups: int = 1) -> Any:
     """The kernel of an orthogonal convolution, composed of orthonormal factors.
 
     A convolution with window = strides and orthonormal matrix, after one two-tap convolution `[P, I - P]` for
@@ -163,7 +163,7 @@ class _OrthogonalConvolution(ComposedKernel):
     bases: Any = None
     groups = 1  # transposed layers of Keras have none
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any):
         given = inspect.signature(super().__init__).bind(*args, **kwargs)
         circular = str(given.arguments.get("padding")).lower() == "circular"
         if circular:  # for Keras, a convolution without padding of an input that is continued first
@@ -183,7 +183,9 @@ class _OrthogonalConvolution(ComposedKernel):
         if self.circular and getattr(self, "output_padding", None) is not None:
             raise ValueError(f"Expected no output padding on a circle. Received: output_padding={self.output_padding}")
 
-    def add_weight(self, *args, name=None, shape=None, regularizer=None, **kwargs):
+    def add_weight(
+        self, *args: Any, name: Any = None, shape: Any = None, regularizer: Any = None, **kwargs: Any
+    ) -> Any:
         if name != "kernel":
             return super().add_weight(*args, name=name, shape=shape, regularizer=regularizer, **kwargs)
         *window, inputs, filters = shape
@@ -201,22 +203,22 @@ class _OrthogonalConvolution(ComposedKernel):
         self._inputs = inputs
         return self.mixing
 
-    def compose(self):
+    def compose(self) -> Any:
         bases = None if self.bases is None else at_least_float32(self.bases)
         mixing = at_least_float32(self.mixing)
         return _SHRINK * orthogonal_kernel(mixing, bases, self.kernel_size, self._inputs, self.groups)
 
-    def _axes(self):
+    def _axes(self) -> Any:
         """Axes of the inputs along which the window runs."""
         start = 1 if self.data_format == "channels_last" else 2
         return range(start, start + len(self.kernel_size))
 
-    def _wrap(self, inputs, before, after):
+    def _wrap(self, inputs: Any, before: Any, after: Any) -> Any:
         for axis, left, right in zip(self._axes(), before, after, strict=True):
             inputs = wrap(inputs, axis, left, right)
         return inputs
 
-    def _check_circle(self, shape, lengths, multiples):
+    def _check_circle(self, shape: Any, lengths: Any, multiples: Any) -> None:
         for axis, least, multiple in zip(self._axes(), lengths, multiples, strict=True):
             size = shape[axis]
             if size is None or size < least or size % multiple:
@@ -233,12 +235,12 @@ class _OrthogonalConvolution(ComposedKernel):
         plain = new.alike(keras_class(self), self._stored(), padding="valid", activation=None)
         return new(keras.layers.Activation, self.activation)(self.cut(plain(self.continued(x)), x.shape))
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         config = super().get_config()
         return {**config, "padding": "circular"} if self.circular else config
 
 
-def _with_other_seed(initializer):
+def _with_other_seed(initializer: Any) -> Any:
     """The same initializer with another seed, so that factors of equal shape start different."""
     initializer = keras.initializers.get(initializer)
     if not isinstance(initializer, keras.initializers.Initializer):
@@ -250,12 +252,12 @@ def _with_other_seed(initializer):
 
 
 @weight_geometries.register(_OrthogonalConvolution)
-def _(layer):
+def _(layer: Any) -> dict[str, Geometry]:
     return {"mixing": Geometry(groups=layer.groups), "bases": Geometry(depthwise=True)}
 
 
 class _OrthogonalConv(_OrthogonalConvolution):
-    def _circle(self, shape):
+    def _circle(self, shape: Any) -> Any:
         """Cells to add before and after, so that without padding the output has size `size / strides`."""
         total = [
             d * (k - 1) + 1 - s for k, s, d in zip(self.kernel_size, self.strides, self.dilation_rate, strict=True)
@@ -263,15 +265,15 @@ class _OrthogonalConv(_OrthogonalConvolution):
         self._check_circle(shape, [t - t // 2 for t in total], self.strides)
         return [t // 2 for t in total], [t - t // 2 for t in total]
 
-    def continued(self, inputs):
+    def continued(self, inputs: Tensor) -> Any:
         """The input of a circular layer, with what a convolution without padding needs at its ends."""
         return self._wrap(inputs, *self._circle(inputs.shape))
 
-    def cut(self, outputs, shape):
+    def cut(self, outputs: Any, shape: Any) -> Any:
         """The output of a circular layer out of that convolution, for inputs of a shape."""
         return outputs
 
-    def operate(self, inputs, kernel):
+    def operate(self, inputs: Tensor, kernel: Any) -> Tensor:
         padding = self.padding
         if self.circular:
             inputs = self.continued(inputs)
@@ -281,7 +283,7 @@ class _OrthogonalConv(_OrthogonalConvolution):
             inputs, padding = ops.pad(inputs, widths), "valid"
         return ops.conv(inputs, kernel, list(self.strides), padding, self.data_format, self.dilation_rate)
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape: Any) -> Any:
         if not self.circular:
             return super().compute_output_shape(input_shape)
         shape = list(input_shape)
@@ -291,7 +293,7 @@ class _OrthogonalConv(_OrthogonalConvolution):
 
 
 class _OrthogonalConvTranspose(_OrthogonalConvolution):
-    def _circle(self, shape):
+    def _circle(self, shape: Any) -> Any:
         """Cells to add before and after, and where the output, of size `size * strides`, then begins."""
         sizes = list(zip(self.kernel_size, self.strides, self.dilation_rate, strict=True))
         reach = [d * (k - 1) for k, s, d in sizes]
@@ -302,19 +304,19 @@ class _OrthogonalConvTranspose(_OrthogonalConvolution):
         starts = [left + s * b for left, s, b in zip(lefts, self.strides, before, strict=True)]
         return before, after, starts
 
-    def continued(self, inputs):
+    def continued(self, inputs: Tensor) -> Any:
         """The input of a circular layer, with what a convolution without padding needs at its ends."""
         before, after, _ = self._circle(inputs.shape)
         return self._wrap(inputs, before, after)
 
-    def cut(self, outputs, shape):
+    def cut(self, outputs: Any, shape: Any) -> Any:
         """The output of a circular layer out of that convolution, for inputs of a shape."""
         _, _, starts = self._circle(shape)
         for axis, start, s in zip(self._axes(), starts, self.strides, strict=True):
             outputs = outputs[(*(slice(None),) * axis, slice(start, start + s * shape[axis]))]
         return outputs
 
-    def operate(self, inputs, kernel):
+    def operate(self, inputs: Tensor, kernel: Any) -> Tensor:
         shape = inputs.shape
         if self.circular:
             inputs = self.continued(inputs)
@@ -324,7 +326,7 @@ class _OrthogonalConvTranspose(_OrthogonalConvolution):
         )
         return self.cut(outputs, shape) if self.circular else outputs
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape: Any) -> Any:
         shape = list(super().compute_output_shape(input_shape))
         if self.circular:
             self._circle(input_shape)

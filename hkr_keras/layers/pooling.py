@@ -16,7 +16,7 @@ Tensor = Any
 _SQUARED_FLOOR = 1e-24  # keeps the gradient of the root finite at 0
 
 
-def _l2_norm(mean, inputs, cells):
+def _l2_norm(mean: Any, inputs: Any, cells: Any) -> Any:
     """The root of `cells * mean(inputs^2)`, in at least float32: half precision cannot hold the squares."""
     dtype = keras.backend.result_type(inputs.dtype, "float32")
     squares = cells * mean(ops.square(ops.cast(inputs, dtype)))
@@ -37,13 +37,13 @@ class _WindowPooling:
         """Cells of a window over the largest number of windows that see one cell."""
         return math.prod(self.pool_size) / overlap(self.pool_size, self.strides, (1,) * len(self.pool_size))
 
-    def _mean(self, inputs):
+    def _mean(self, inputs: Any) -> Any:
         """Means over windows, with zeros outside the input (Keras divides by the cells inside it instead)."""
         if self.padding == "same":
             inputs = ops.pad(inputs, self._border(ops.shape(inputs)))
         return ops.average_pool(inputs, self.pool_size, self.strides, "valid", self.data_format)
 
-    def _border(self, shape) -> list:
+    def _border(self, shape: Any) -> list:
         """Cells to add before and after every axis of an input, for outputs of `ceil(size / strides)`."""
         first = 1 if self.data_format == "channels_last" else 2
         widths = [(0, 0) for _ in shape]
@@ -74,7 +74,7 @@ class _WindowPooling:
 
 
 class _ScaledAverage(_WindowPooling):
-    def call(self, inputs):
+    def call(self, inputs: Tensor) -> Tensor:
         return self._mean(inputs) * math.sqrt(self.cells)
 
     def as_keras(self, new: PlainLayers, *inputs: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ class _ScaledAverage(_WindowPooling):
 
 
 class _L2Norm(_WindowPooling):
-    def call(self, inputs):
+    def call(self, inputs: Tensor) -> Tensor:
         return _l2_norm(self._mean, inputs, self.cells)
 
     def as_keras(self, new: PlainLayers, *inputs: Tensor) -> Tensor:
@@ -101,11 +101,11 @@ class _GlobalPooling:
     data_format: str
     keepdims: bool
 
-    def spatial_axes(self, inputs):
+    def spatial_axes(self, inputs: Any) -> tuple[int, ...]:
         rank = len(inputs.shape)
         return tuple(range(1, rank - 1)) if self.data_format == "channels_last" else tuple(range(2, rank))
 
-    def _sum(self, inputs, mask=None):
+    def _sum(self, inputs: Any, mask: Any = None) -> Any:
         if mask is not None:
             channel_axis = 2 if self.data_format == "channels_last" else 1
             inputs = inputs * ops.cast(ops.expand_dims(ops.cast(mask, "bool"), channel_axis), inputs.dtype)
@@ -113,7 +113,7 @@ class _GlobalPooling:
 
 
 class _ScaledGlobalAverage(_GlobalPooling):
-    def call(self, inputs, mask=None):
+    def call(self, inputs: Tensor, mask: Any = None) -> Tensor:
         shape = ops.shape(inputs)
         cells = math.prod(shape[axis] for axis in self.spatial_axes(inputs))
         root = ops.sqrt(ops.cast(cells, "float32"))  # half precision cannot hold large counts
@@ -129,7 +129,7 @@ class _ScaledGlobalAverage(_GlobalPooling):
 
 
 class _GlobalL2Norm(_GlobalPooling):
-    def call(self, inputs, mask=None):
+    def call(self, inputs: Tensor, mask: Any = None) -> Tensor:
         return _l2_norm(lambda squares: self._sum(squares, mask), inputs, 1.0)
 
     def as_keras(self, new: PlainLayers, *inputs: Tensor) -> Tensor:
@@ -304,7 +304,7 @@ class GlobalL2NormPooling2D(_GlobalL2Norm, keras.layers.GlobalAveragePooling2D):
 
 
 class _Rearrangement2D(keras.layers.Layer):
-    def __init__(self, pool_size: int | tuple[int, int] = 2, data_format: str | None = None, **kwargs):
+    def __init__(self, pool_size: int | tuple[int, int] = 2, data_format: str | None = None, **kwargs: Any):
         super().__init__(**kwargs)
         sizes = (pool_size,) * 2 if isinstance(pool_size, int) else tuple(pool_size)
         if len(sizes) != 2 or not all(isinstance(size, int) and size >= 1 for size in sizes):
@@ -313,29 +313,29 @@ class _Rearrangement2D(keras.layers.Layer):
         self.data_format = data_format or keras.config.image_data_format()
         self.input_spec = keras.layers.InputSpec(ndim=4)
 
-    def build(self, input_shape):
+    def build(self, input_shape: Any) -> None:
         self.compute_output_shape(input_shape)  # refuses sizes that do not divide
         self.built = True
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "pool_size": self.pool_size, "data_format": self.data_format}
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape: Any) -> Any:
         last = self.data_format == "channels_last"
         height, width, channels = input_shape[1:] if last else (*input_shape[2:], input_shape[1])
         height, width, channels = self._output_sizes(height, width, channels)
         return (input_shape[0], height, width, channels) if last else (input_shape[0], channels, height, width)
 
-    def _splits(self, height, width, channels):
+    def _splits(self, height: Any, width: Any, channels: Any) -> Any:
         """The sizes into which an image is split, and those into which the pieces are joined after a transposition."""
         raise NotImplementedError
 
-    def _rearrange(self, x):
+    def _rearrange(self, x: Any) -> Any:
         batch, *sizes = ops.shape(x)
         split, joined = self._splits(*sizes)
         return ops.reshape(ops.transpose(ops.reshape(x, (batch, *split)), (0, 1, 3, 2, 4)), (batch, *joined))
 
-    def call(self, inputs):
+    def call(self, inputs: Tensor) -> Tensor:
         if self.data_format == "channels_last":
             return self._rearrange(inputs)
         return ops.transpose(self._rearrange(ops.transpose(inputs, (0, 2, 3, 1))), (0, 3, 1, 2))
@@ -377,7 +377,7 @@ class InvertibleDownsampling2D(_Rearrangement2D):
         Shi et al., CVPR 2016 (arXiv 1609.05158), the inverse of its sub-pixel shuffle.
     """
 
-    def _output_sizes(self, height, width, channels):
+    def _output_sizes(self, height: Any, width: Any, channels: Any) -> Any:
         p, q = self.pool_size
         if (height or 0) % p or (width or 0) % q:
             raise ValueError(
@@ -386,7 +386,7 @@ class InvertibleDownsampling2D(_Rearrangement2D):
             )
         return height and height // p, width and width // q, channels * p * q
 
-    def _splits(self, height, width, channels):
+    def _splits(self, height: Any, width: Any, channels: Any) -> Any:
         p, q = self.pool_size
         return (height // p, p, width // q, q * channels), (height // p, width // q, p * q * channels)
 
@@ -416,7 +416,7 @@ class InvertibleUpsampling2D(_Rearrangement2D):
         Shi et al., CVPR 2016 (arXiv 1609.05158).
     """
 
-    def _output_sizes(self, height, width, channels):
+    def _output_sizes(self, height: Any, width: Any, channels: Any) -> Any:
         p, q = self.pool_size
         if channels is None or channels % (p * q):
             raise ValueError(
@@ -425,6 +425,6 @@ class InvertibleUpsampling2D(_Rearrangement2D):
             )
         return height and height * p, width and width * q, channels // (p * q)
 
-    def _splits(self, height, width, channels):
+    def _splits(self, height: Any, width: Any, channels: Any) -> Any:
         p, q = self.pool_size
         return (height, width, p, channels // p), (height * p, width * q, channels // (p * q))

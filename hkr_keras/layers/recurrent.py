@@ -65,7 +65,7 @@ class LipschitzSimpleRNNCell(LipschitzLayer, keras.layers.SimpleRNNCell):
 
 
 @kernel_geometries.register
-def _(cell: LipschitzSimpleRNNCell):
+def _(cell: LipschitzSimpleRNNCell) -> dict[str, Geometry]:
     return {"kernel": Geometry(gain=cell.gain), "recurrent_kernel": Geometry()}
 
 
@@ -117,20 +117,20 @@ class LipschitzSimpleRNN(keras.layers.RNN):
 
     def __init__(
         self,
-        units,
-        activation="tanh",
-        use_bias=True,
-        return_sequences=False,
-        go_backwards=False,
-        unroll=False,
-        kernel_initializer="glorot_uniform",
-        recurrent_initializer="orthogonal",
-        bias_initializer="zeros",
-        kernel_constraint=None,
-        recurrent_constraint=None,
-        dropout=0.0,
-        recurrent_dropout=0.0,
-        **kwargs,
+        units: int,
+        activation: Any = "tanh",
+        use_bias: Any = True,
+        return_sequences: Any = False,
+        go_backwards: Any = False,
+        unroll: Any = False,
+        kernel_initializer: Any = "glorot_uniform",
+        recurrent_initializer: Any = "orthogonal",
+        bias_initializer: Any = "zeros",
+        kernel_constraint: Any = None,
+        recurrent_constraint: Any = None,
+        dropout: Any = 0.0,
+        recurrent_dropout: Any = 0.0,
+        **kwargs: Any,
     ):
         cell = LipschitzSimpleRNNCell(
             units,
@@ -149,7 +149,7 @@ class LipschitzSimpleRNN(keras.layers.RNN):
         )
         super().__init__(cell, return_sequences=return_sequences, go_backwards=go_backwards, unroll=unroll, **kwargs)
 
-    def build(self, sequences_shape, initial_state_shape=None):
+    def build(self, sequences_shape: Any, initial_state_shape: Any = None) -> None:
         length = sequences_shape[1]
         if length is None or initial_state_shape is not None:
             raise ValueError(
@@ -171,7 +171,7 @@ class LipschitzSimpleRNN(keras.layers.RNN):
             )
         return new.alike(keras.layers.SimpleRNN, self.get_weights())
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         names = [
             *("units", "activation", "use_bias", "kernel_initializer", "recurrent_initializer", "bias_initializer"),
             *("kernel_constraint", "recurrent_constraint", "dropout", "recurrent_dropout"),
@@ -182,5 +182,5 @@ class LipschitzSimpleRNN(keras.layers.RNN):
         return {**keras.layers.Layer.get_config(self), **config}
 
     @classmethod
-    def from_config(cls, config, custom_objects=None):
+    def from_config(cls, config: Any, custom_objects: Any = None) -> Any:
         return cls(**config)
