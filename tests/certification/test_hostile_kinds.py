@@ -197,6 +197,21 @@ def shared_merge(merge, shapes):
     return keras.Model(two, merge(two))
 
 
+def two_signs(other, relu=None):
+    x = keras.Input((2,))
+    h = K.Identity()(x)
+    model = keras.Model(x, K.Concatenate()([(relu or K.ReLU())(h), (relu or K.ReLU())(other(h))]))
+    return model, np.ones((1, 2)), np.zeros((1, 2))
+
+
+def with_model_method(target, name):
+    model = sequential((2,), K.Identity())
+    inner = target(model)
+    before = getattr(inner, name)
+    object.__setattr__(inner, name, lambda *args, **kwargs: tenfold(before(*args, **kwargs)))
+    return model, *all_ones(2)
+
+
 def merged_with_broadcast(merge):
     two = [keras.Input((4, 1)), keras.Input((1, 4))]
     model = keras.Model(two, merge(two))
@@ -343,6 +358,7 @@ HOLDS = {
     "one layer, two outputs": lambda: two_heads_of(K.Dense(1, kernel_initializer="ones")),
     # Attributes and numbers that are edited after the model was made.
     "length of a recurrent layer": edited_rnn,
+    "strides as a number": lambda: edited(K.MaxPooling1D(4), (8, 1), strides=1),
     "strides": lambda: edited(K.MaxPooling1D(4), (8, 1), strides=(1,)),
     "window of a pooling": lambda: edited(K.AveragePooling1D(2, 2), (8, 1), pool_size=(4,), strides=(1,)),
     "strides of a convolution": lambda: edited(
@@ -404,6 +420,20 @@ HOLDS = {
     ),
     "convolution_op": lambda: with_method(ones_convolution(), (5, 1), "convolution_op"),
     "call of a nested model": lambda: with_method(inner_model(ones(), shape=(3,)), (3,), "call"),
+    # Both signs of one tensor, but for a shift, a factor or an order: not norm-preserving.
+    "relu of both signs, shifted": lambda: two_signs(K.Rescaling(-1.0, offset=5.0)),
+    "relu of both signs, shifted by a bias": lambda: two_signs(
+        K.Dense(2, kernel_initializer=keras.initializers.Identity(-1.0), bias_initializer=constant(5.0))
+    ),
+    "relu of both signs, shifted by a mean": lambda: two_signs(K.Normalization(mean=[5.0, 5.0], variance=[1.0, 1.0])),
+    "relu of both signs, larger": lambda: two_signs(L.Scale(-2.0)),
+    "relu of one sign, twice": lambda: two_signs(K.Rescaling([-1.0, 1.0])),
+    "relu of both signs, one of them ends": lambda: two_signs(L.Scale(-1.0), K.ReLU(negative_slope=1.0)),
+    "relu of both signs, a negative one": lambda: two_signs(L.Scale(-1.0), K.ReLU(negative_slope=-1.0)),
+    # Methods of the model itself.
+    "call of a model": lambda: with_model_method(lambda model: model, "call"),
+    "call of the model in a Sequential": lambda: with_model_method(lambda model: model._functional, "call"),
+    "forward of a model": lambda: with_model_method(lambda model: model, "forward"),
     # What Keras computes is not what its documentation says: its sparsemax is no projection, and jumps.
     "sparsemax": lambda: (sequential((2,), K.Activation("sparsemax")), f([[4.0, 2.999]]), f([[4.0, 3.001]])),
     "sparsemax as an argument": lambda: (
