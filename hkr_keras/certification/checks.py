@@ -37,7 +37,7 @@ __all__ = [
 #: What a subclass may override: construction and configuration. Bounds are read from the stored weights.
 _HARMLESS = {"build", "add_weight", "get_config", "from_config", "enable_lora", "quantize", "loss", "as_keras"}
 _ACCESS = {"__call__", "__getattribute__", "__getattr__"}
-_GRAPH = {"call", "layers", "inputs", "outputs", "operations", *_ACCESS}
+_GRAPH = {"call", "forward", "layers", "inputs", "outputs", "operations", *_ACCESS}
 
 
 def overridden(layer: Any, known: type) -> set[str]:

@@ -55,7 +55,7 @@ def model_in_use(model: Any) -> Any:
         check_is_plain_model(model, functional_class(model))
         return model
     check_is_plain_model(model, keras.Sequential)
-    return model if model._functional is None else model._functional
+    return model if model._functional is None else model_in_use(model._functional)
 
 
 def nodes_of(model: Any) -> list[Any]:
