@@ -157,8 +157,7 @@ def state_through(place: Application, states: list[LipschitzState]) -> Lipschitz
     if isinstance(operator, str):
         return state.with_shape(state.operator)
     if operator is not None:
-        one_sided = is_one_sided(layer) or (state.one_sided and isinstance(layer, Scale))
-        return _behind(state, operator, slope, one_sided, is_multiple=isinstance(layer, Scale))
+        return _behind(layer, state, operator, slope)
     bound = bound_of(layer, shape)
     return LipschitzState(
         lambda: _times(state.constants, bound),
@@ -178,10 +177,10 @@ def _check_same_shape(place: Application, operator: Operator | str) -> None:
         )
 
 
-def _behind(
-    state: LipschitzState, operator: Operator, slope: float | None, one_sided: bool, is_multiple: bool
-) -> LipschitzState:
-    """The state behind a linear operator, perhaps with a shift, and an activation; `is_multiple`: surely without."""
+def _behind(layer: Any, state: LipschitzState, operator: Operator, slope: float | None) -> LipschitzState:
+    """The state behind a layer: a linear operator, and perhaps an activation."""
+    no_shift = isinstance(layer, Scale) or (isinstance(layer, keras.layers.Rescaling) and not np.any(layer.offset))
+    one_sided = is_one_sided(layer) or (state.one_sided and isinstance(layer, Scale))
     whole = None if state.operator is None else operator.after(state.operator)
     start = state if whole is None or state.start is None else state.start
     joined = operator if whole is None else whole
@@ -195,7 +194,7 @@ def _behind(
     if slope is not None:
         return LipschitzState(lambda: _times(constants(), slope), one_sided=one_sided)
     multiple = None
-    if is_multiple and isinstance(operator, Diagonal) and operator.numbers.size == 1 and operator.relative == 0.0:
+    if no_shift and isinstance(operator, Diagonal) and operator.numbers.size == 1 and operator.relative == 0.0:
         source, factor = state.multiple or (state, 1.0)
         multiple = source, factor * float(operator.numbers.reshape(()))
     return LipschitzState(constants, joined, start, whole is None, one_sided, multiple)

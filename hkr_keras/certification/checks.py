@@ -87,6 +87,13 @@ def check_is_itself(layer: Any, known: type | None) -> None:
             "hkr_keras.rounding.layer_rounding, for a rigorous certificate). "
             f"Received: {type(layer).__name__} '{layer.name}', which overrides {', '.join(sorted(changed))}"
         )
+    if known is not None and known.__module__.startswith(("keras.", "hkr_keras.")):
+        patched = [name for name in ("__call__", "call") if not _is_ours(getattr(known, name, None))]
+        if patched:
+            raise ValueError(
+                f"Expected {known.__name__} to compute what Keras or this package defines. "
+                f"Received: a class whose {patched[0]} was replaced"
+            )
     check_no_hooks(layer)
     policy = getattr(layer, "dtype_policy", None)
     if policy is not None and not type(policy).__module__.startswith("keras."):
@@ -96,6 +103,10 @@ def check_is_itself(layer: Any, known: type | None) -> None:
             "Expected a layer that computes in floating point: rounding to integers has no Lipschitz constant. "
             f"Received: {layer.name}.compute_dtype={layer.compute_dtype}"
         )
+
+
+def _is_ours(function: Any) -> bool:
+    return getattr(function, "__module__", "keras.").startswith(("keras.", "hkr_keras.", "torch."))
 
 
 def check_no_hooks(layer: Any) -> None:

@@ -10,11 +10,12 @@ Every rule takes the layer and the shape, with the batch, that the layer is appl
 `None` for sizes that are unknown). A rule of your own may leave the shape out.
 """
 
+import contextlib
 import dataclasses
 import inspect
 import math
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -265,7 +266,8 @@ def bound_of(layer: Any, shape: Shape = None) -> float:
     """
     if not is_model(layer):
         check(layer, shape)
-    bound = float(layer_bound(layer, shape))
+    with _as_built(layer):
+        bound = float(layer_bound(layer, shape))
     if not 0 <= bound < math.inf:
         raise ValueError(
             f"Expected a finite Lipschitz bound. Received: {bound} for {type(layer).__name__} '{layer.name}'"
@@ -281,8 +283,21 @@ def check(layer: Any, shape: Shape = None) -> None:
 def tail_of(layer: Any, shape: Shape) -> tuple[Operator | str | None, float | None]:
     """The operator of a layer (or `"same"`, or `None`), and the Lipschitz constant of an activation that follows it."""
     _, row = _row_of(LAYERS, type(layer), "bound")
-    operator = row.tail(layer, shape) if callable(row.tail) else row.tail
-    return operator, None if row.slope is None else row.slope(layer, shape)
+    with _as_built(layer):
+        operator = row.tail(layer, shape) if callable(row.tail) else row.tail
+        return operator, None if row.slope is None else row.slope(layer, shape)
+
+
+@contextlib.contextmanager
+def _as_built(layer: Any) -> Iterator[None]:
+    """Attributes that no constructor would store make a rule fail: that is a refusal."""
+    try:
+        yield
+    except (AttributeError, IndexError, TypeError) as error:
+        raise ValueError(
+            f"Expected {type(layer).__name__} '{layer.name}' with the attributes that its constructor stores. "
+            f"Received: one whose rule fails with {type(error).__name__}: {error}"
+        ) from error
 
 
 def is_model(layer: Any) -> bool:
