@@ -913,7 +913,8 @@ FORGED_FILES = {
 @pytest.mark.once
 @cases(FORGED_FILES)
 def test_forged_constants_of_files_are_not_read(name):
-    certificate = exporting.ExportedCertificate(np.array([[0.0, 1.0], [1.0, 0.0]]), 1.5, "pairwise")
+    distances = np.array([[0.0, 1.0], [1.0, 0.0]])
+    certificate = exporting.ExportedCertificate(distances=distances, bound=1.5, method="pairwise")
     stored = {**json.loads(certificate.to_json()), **FORGED_FILES[name]}
     with pytest.raises(ValueError, match="Expected"):
         exporting.ExportedCertificate.from_json(json.dumps(stored))
