@@ -39,6 +39,26 @@ def mlp(lipschitz: bool, constraint=None) -> keras.Model:
     return keras.Sequential([keras.Input((784,)), *hidden, head])
 
 
+def reflector(lipschitz: bool, constraint=None) -> keras.Model:
+    """The same with reflectors behind the first layer, of rank 128."""
+    if not lipschitz:
+        return mlp(False)
+    first = hkr.layers.LipschitzDense(512, kernel_constraint=constraint)
+    return _reflectors(first)
+
+
+def all_reflectors(lipschitz: bool, constraint=None) -> keras.Model:
+    """The same with reflectors alone, of ranks 196, 128 and 128."""
+    return _reflectors(hkr.layers.ReflectorDense(512)) if lipschitz else mlp(False)
+
+
+def _reflectors(first) -> keras.Model:
+    layers = [first, *(hkr.layers.ReflectorDense(512) for _ in range(2))]
+    hidden = [layer for dense in layers for layer in (dense, hkr.layers.GroupSort(2))]
+    head = hkr.layers.LipschitzDense(10, kernel_constraint=hkr.constraints.UnitNorm())
+    return keras.Sequential([keras.Input((784,)), *hidden, head])
+
+
 def cnn(lipschitz: bool, constraint=None, convolution=hkr.layers.LipschitzConv2D) -> keras.Model:
     """16, 16, pool, 32, 32, pool, 64, 10 on 28 x 28."""
     if not lipschitz:
@@ -74,7 +94,7 @@ def cnn_relu(lipschitz: bool, constraint=None) -> keras.Model:
     return keras.Sequential([*layers, keras.layers.Dense(10)])
 
 
-NETWORKS = {function.__name__: function for function in (mlp, cnn, cnn_orthogonal, cnn_relu)}
+NETWORKS = {function.__name__: function for function in (mlp, reflector, all_reflectors, cnn, cnn_orthogonal, cnn_relu)}
 
 
 def build(name: str, lipschitz: bool, every: int = 1) -> keras.Model:
@@ -109,7 +129,7 @@ def measure(
         loss = hkr.losses.MulticlassHKR(alpha=50, margin=0.5)
         model.compile(optimizers[kind], loss=loss, jit_compile=JIT[jit])
         callbacks = [seconds]
-        if kind == "lipschitz" and every > 1 and name != "cnn_relu":  # whose kernels are free
+        if kind == "lipschitz" and every > 1 and name not in ("cnn_relu", "all_reflectors"):  # whose kernels are free
             callbacks.append(hkr.callbacks.Orthonormalize(every))
 
         def read():

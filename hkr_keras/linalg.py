@@ -5,6 +5,7 @@ computes in float32 (or float64 when given float64) and returns the dtype it was
 counts are fixed, so that all of them compile.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -252,7 +253,11 @@ def tangent(matrices: Tensor, gradients: Tensor) -> Tensor:
     return gradients - ops.matmul(matrices, 0.5 * (product + ops.swapaxes(product, -1, -2)))
 
 
-def polar_direction(matrices: Tensor, steps: int = 5) -> Tensor:
+_FIVE_STEPS = ((3.4445, -4.775, 2.0315),) * 5
+_THREE_STEPS = ((3.7418, -5.5913, 2.3037), (2.8769, -3.1427, 1.2046), (2.8366, -3.0525, 1.2012))
+
+
+def polar_direction(matrices: Tensor, coefficients: Sequence[tuple[float, float, float]] = _FIVE_STEPS) -> Tensor:
     """Roughly the nearest orthonormal matrices, from any start: all singular values that count end in [0.6, 1.3].
 
     A quintic iteration that trades precision for speed: it is for directions of a step, never for kernels, since it
@@ -260,7 +265,8 @@ def polar_direction(matrices: Tensor, steps: int = 5) -> Tensor:
 
     Args:
         matrices: floating point tensor `(..., rows, columns)`.
-        steps: iterations; five lift singular values from 1/500 of the largest.
+        coefficients: of `a x + b x^3 + c x^5`, for each iteration; the five of the default lift singular values from
+            1/500 of the largest.
 
     Returns:
         Tensor of the same shape and dtype. Zero matrices stay zero.
@@ -279,7 +285,41 @@ def polar_direction(matrices: Tensor, steps: int = 5) -> Tensor:
     w = ops.swapaxes(w, -1, -2) if wide else w
     w = w / ops.maximum(ops.max(ops.abs(w), axis=(-2, -1), keepdims=True), _TINY)
     w = w / ops.maximum(_matrix_norm(w), _TINY)
-    for _ in range(steps):
+    for first, third, fifth in coefficients:
         gram = ops.matmul(ops.swapaxes(w, -1, -2), w)
-        w = 3.4445 * w + ops.matmul(w, 2.0315 * ops.matmul(gram, gram) - 4.775 * gram)
+        w = first * w + ops.matmul(w, fifth * ops.matmul(gram, gram) + third * gram)
     return ops.cast(ops.swapaxes(w, -1, -2) if wide else w, matrices.dtype)
+
+
+def turned(matrices: Tensor, directions: Tensor, angle: Tensor, block: int) -> Tensor:
+    """Turns blocks of rows of matrices against a direction: a product with orthonormal matrices, so norms stay.
+
+    Each `block` rows W with direction D become `R W`, where R is the projection of `I - angle Q` and Q nearly the
+    nearest orthonormal matrix to the skew part of `D W^T`. For a set of all rows that is every way in which an
+    orthonormal W can turn; a block turns them among themselves, for a fraction `block / rows` of the operations and,
+    for R itself, `(block / rows)^2`. Rows that are left over stay.
+
+    Args:
+        matrices: `(..., rows, columns)`, of norm at most 1.
+        directions: tensor of the same shape and dtype, such as gradients with momentum.
+        angle: a scalar tensor; of the turn, roughly in radians when small.
+        block: rows in a block.
+
+    Returns:
+        Tensor of the same shape and dtype, whose norm is at most that of `matrices`, up to rounding.
+
+    Example:
+
+    >>> result = turned(ops.eye(2), ops.array([[0.0, 1.0], [-1.0, 0.0]]), 0.01, block=2)
+    >>> bool(0.005 < float(result[1, 0]) < 0.015), bool(abs(float(result[0, 0]) - 1) < 1e-3)
+    (True, True)
+    """
+    *first, rows, columns = matrices.shape
+    whole = rows // block * block
+    shape = (*first, rows // block, block, columns)
+    w = ops.reshape(matrices[..., :whole, :], shape)
+    product = ops.matmul(ops.reshape(directions[..., :whole, :], shape), ops.swapaxes(w, -1, -2))
+    turn = polar_direction(product - ops.swapaxes(product, -1, -2), _THREE_STEPS)
+    w = ops.matmul(newton_schulz(ops.eye(block, dtype=w.dtype) - angle * turn), w)
+    w = ops.reshape(w, (*first, whole, columns))
+    return w if whole == rows else ops.concatenate([w, matrices[..., whole:, :]], axis=-2)

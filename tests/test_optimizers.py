@@ -120,6 +120,16 @@ def test_is_stored_with_the_model(tmp_path):
         np.testing.assert_array_equal(ops.convert_to_numpy(one), ops.convert_to_numpy(other))
 
 
+def test_is_stored_before_the_first_step(tmp_path, recwarn):
+    model = hkr.models.lipschitz_mlp((8,), 3, widths=(4,))
+    model.compile(hkr.optimizers.StiefelMuon(0.05), hkr.losses.MulticlassHKR())
+    model.save(tmp_path / "model.keras")
+    again = keras.models.load_model(tmp_path / "model.keras")
+    assert not [w for w in recwarn if "Skipping" in str(w.message)]
+    np.testing.assert_allclose(float(ops.convert_to_numpy(again.optimizer.learning_rate)), 0.05, rtol=1e-6)
+    again.fit(np.ones((4, 8), "float32"), np.arange(4) % 3, verbose=0)
+
+
 def test_refuses_a_momentum_of_one():
     with pytest.raises(ValueError, match="Received: momentum=1"):
         hkr.optimizers.StiefelMuon(momentum=1.0)
@@ -190,3 +200,44 @@ def test_inputs_of_rank_3_and_4_of_unknown_sizes(constraint, build):
         if constraint != "UnitNorm":
             matrices = np.asarray(ops.convert_to_numpy(geometry.to_matrices(ops.convert_to_tensor(kernel))), "float64")
             assert geometry.gain * np.linalg.norm(matrices, 2, axis=(-2, -1)).max() <= 1 + 1e-6, layer.name
+
+
+@pytest.mark.parametrize("rate", [1e-3, 0.1, 10.0], ids=str)
+def test_wide_kernels_turn_in_blocks_and_stay_on_the_constraint_set(rate):
+    keras.utils.set_random_seed(0)
+    dense = hkr.layers.LipschitzDense
+    layers = [dense(12), hkr.layers.GroupSort(2), dense(14), hkr.layers.GroupSort(2), dense(3)]
+    model = keras.Sequential([keras.Input((20,)), *layers])
+    model.compile(hkr.optimizers.StiefelMuon(rate, block=4), hkr.losses.MarginCrossentropy(10.0, 0.1))
+    rng = np.random.default_rng(0)
+    y = np.arange(96) % 3
+    x = rng.normal(0, 0.2, (96, 20)).astype("float32")
+    x[np.arange(96), 5 * y] += 1.0
+    kernels = [layer.kernel for layer in layers[::2]]
+    constraint, before = kernels[1].constraint, [np.array(ops.convert_to_numpy(kernel)) for kernel in kernels]
+    history = model.fit(x, y, batch_size=32, epochs=9, verbose=0).history["loss"]
+    assert kernels[1].constraint is constraint
+    for old, kernel in zip(before, kernels, strict=True):
+        new = np.asarray(ops.convert_to_numpy(kernel), "float64")
+        values = np.linalg.svd(new, compute_uv=False)
+        assert values.max() <= 1 + 1e-5
+        assert np.abs(new - old).max() > 0.1 * min(rate, 0.1)
+        if rate < 1 and kernel is not kernels[-1]:  # which is projected once a step and not exactly
+            assert values.min() > 1 - 1e-3
+    if rate == 0.1:
+        assert history[-1] < 0.5 * history[0]
+
+
+def test_a_block_is_every_way_to_turn_when_it_has_all_rows():
+    rng = np.random.default_rng(0)
+    w = linalg.orthonormal_basis(ops.convert_to_tensor(rng.normal(size=(6, 4)), dtype="float32"))
+    direction = ops.convert_to_tensor(rng.normal(size=(6, 4)), dtype="float32")
+    moved = ops.convert_to_numpy(linalg.turned(w, direction, 0.01, 6) - w)
+    assert (moved * ops.convert_to_numpy(linalg.tangent(w, direction))).sum() < 0  # against the gradient
+    left = ops.convert_to_numpy(linalg.turned(w, direction, 0.01, 4) - w)[4:]
+    assert not left.any()
+
+
+def test_refuses_a_block_of_one():
+    with pytest.raises(ValueError, match="Received: block=1"):
+        hkr.optimizers.StiefelMuon(block=1)
