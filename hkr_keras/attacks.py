@@ -18,6 +18,16 @@ from hkr_keras._validation import number
 from hkr_keras.certification.batches import batches
 from hkr_keras.certification.certificates import Certificate, certify
 
+__all__ = [
+    "ATTACKS",
+    "BrokenCertificate",
+    "Robustness",
+    "art_classifier",
+    "as_logits",
+    "evaluate_robustness",
+    "foolbox_model",
+]
+
 ROUNDING = 1e-5  # of |x| + radius: how far from its boundary a float32 network may change its prediction
 LEAD = 15.0  # largest one of a prediction over its rivals, in the logits that attacks see: beyond, softmax is flat
 
@@ -37,7 +47,7 @@ class BrokenCertificate(RuntimeError):
     3
     """
 
-    def __init__(self, attack: str, index: int, x, adversarial, distance: float, radius: float):
+    def __init__(self, attack: str, index: int, x: Any, adversarial: Any, distance: float, radius: float) -> None:
         super().__init__(
             f"Expected no attack to succeed inside a certified radius. Received: attack={attack} changed input {index} "
             f"at distance={distance:.9g}, radius={radius:.9g}"
@@ -114,7 +124,7 @@ class Robustness(_display.Results):
         return {"correct": self.is_correct, "radius": self.radius, "distance": self.distance}
 
 
-def as_logits(model) -> keras.Model:
+def as_logits(model: Any) -> keras.Model:
     """The model as attack libraries expect one: a single score f becomes the logits `(-f / 2, f / 2)`.
 
     They differ by f, so predictions and certified radii are those of the model, whose layers are shared. A model
@@ -150,7 +160,7 @@ def as_logits(model) -> keras.Model:
     return logits
 
 
-def foolbox_model(function: Callable, bounds: tuple[float, float]):
+def foolbox_model(function: Callable, bounds: tuple[float, float]) -> Any:
     """A function of tensors that returns logits, as foolbox's model of the backend in use.
 
     Args:
@@ -174,7 +184,7 @@ def foolbox_model(function: Callable, bounds: tuple[float, float]):
     return foolbox.PyTorchModel(layer.eval(), bounds)
 
 
-def art_classifier(function: Callable, input_shape: Sequence[int], classes: int, bounds: tuple[float, float]):
+def art_classifier(function: Callable, input_shape: Sequence[int], classes: int, bounds: tuple[float, float]) -> Any:
     """A function of tensors that returns logits, as ART's classifier; without a loss, and on JAX without gradients.
 
     Args:
@@ -201,17 +211,17 @@ def art_classifier(function: Callable, input_shape: Sequence[int], classes: int,
     if keras.backend.backend() == "torch":
         return classification.PyTorchClassifier(layer.eval(), None, shape, classes, **options)
 
-    def predict(x):
+    def predict(x: Any) -> Any:
         return _to_numpy(function(ops.convert_to_tensor(x, dtype="float32")))
 
     return classification.BlackBoxClassifierNeuralNetwork(predict, shape, classes, **options)
 
 
-def _to_numpy(tensor) -> np.ndarray:
+def _to_numpy(tensor: Any) -> np.ndarray:
     return np.asarray(ops.convert_to_numpy(tensor))
 
 
-def _imported(name: str):
+def _imported(name: str) -> Any:
     try:
         return __import__(name)
     except ImportError as error:
@@ -243,7 +253,7 @@ _Attack = Callable[[_Batch], Iterator[np.ndarray]]
 
 
 def _of_foolbox(build: Callable) -> _Attack:
-    def attack(batch):
+    def attack(batch: Any) -> Any:
         attacks = _imported("foolbox").attacks
         chosen = build(attacks, batch.steps)
         smallest = isinstance(chosen, attacks.base.MinimizationAttack)
@@ -257,7 +267,7 @@ def _of_foolbox(build: Callable) -> _Attack:
 
 
 def _of_art(build: Callable) -> _Attack:
-    def attack(batch):
+    def attack(batch: Any) -> Any:
         _imported("art")
         from art.attacks import evasion
 
@@ -270,7 +280,7 @@ def _of_art(build: Callable) -> _Attack:
     return attack
 
 
-def _auto_pgd(evasion, classifier, epsilon, batch):
+def _auto_pgd(evasion: Any, classifier: Any, epsilon: Any, batch: Any) -> Any:
     if keras.backend.backend() == "jax":
         raise ValueError("Expected TensorFlow or PyTorch, whose gradients ART knows. Received: attack=AutoPGD on JAX")
     return evasion.AutoProjectedGradientDescent(
@@ -286,7 +296,7 @@ def _auto_pgd(evasion, classifier, epsilon, batch):
     )
 
 
-def _square(evasion, classifier, epsilon, batch):
+def _square(evasion: Any, classifier: Any, epsilon: Any, batch: Any) -> Any:
     if batch.x.ndim != 4 or min(batch.x.shape[1:3]) < 5:
         raise ValueError(f"Expected images of at least 5 x 5 pixels. Received: attack=Square, shape={batch.x.shape}")
     return evasion.SquareAttack(
@@ -316,9 +326,9 @@ ATTACKS: dict[str, _Attack] = {
 
 
 def evaluate_robustness(
-    model,
-    x,
-    y,
+    model: Any,
+    x: Any,
+    y: Any,
     epsilons: Sequence[float],
     attacks: Sequence = ("DeepFool", "DDN", "PGD"),
     certificate: Certificate | None = None,
@@ -417,7 +427,7 @@ def _name(attack: Any) -> str:
     return attack if isinstance(attack, str) else type(attack).__name__
 
 
-def _attack(attack) -> _Attack:
+def _attack(attack: Any) -> _Attack:
     if isinstance(attack, str):
         if attack not in ATTACKS:
             raise ValueError(f"Expected an attack of foolbox or one of {', '.join(ATTACKS)}. Received: {attack}")
@@ -425,7 +435,7 @@ def _attack(attack) -> _Attack:
     return _of_foolbox(lambda attacks, steps: attack)
 
 
-def _bounds(x, bounds) -> tuple[float, float]:
+def _bounds(x: Any, bounds: Any) -> tuple[float, float]:
     low, high = float(x.min()), float(x.max())
     if bounds is None:
         spread = max(high - low, 1.0)
@@ -450,14 +460,14 @@ def _is_changed(batch: _Batch, points: np.ndarray) -> np.ndarray:
     return np.isfinite(logits).all(axis=1) & (logits.argmax(axis=1) != batch.prediction)
 
 
-def _nearest(batch: _Batch, points) -> np.ndarray:
+def _nearest(batch: _Batch, points: Any) -> np.ndarray:
     """Float32 inputs within bounds, moved towards the attacked ones as far as they stay changed."""
     with np.errstate(invalid="ignore"):
         points = np.clip(np.where(np.isfinite(points), points, batch.x), *batch.bounds).astype(np.float32)
     return first_change(lambda moved: _is_changed(batch, moved), batch.x, points)
 
 
-def _check(name: str, start: int, certificate: Certificate, x, points, lengths) -> None:
+def _check(name: str, start: int, certificate: Certificate, x: Any, points: Any, lengths: Any) -> None:
     rows = slice(start, start + len(points))
     radius, rounding = certificate.radius[rows], 0.0 if certificate.rigorous else ROUNDING
     sizes = np.linalg.norm(x[rows].astype(np.float64).reshape(len(points), -1), axis=1)

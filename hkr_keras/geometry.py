@@ -13,6 +13,8 @@ from typing import Any
 import keras
 from keras import ops
 
+__all__ = ["Geometry", "flattened_layers", "kernel_geometries", "model_kernels", "overlap", "weight_geometries"]
+
 Tensor = Any
 
 

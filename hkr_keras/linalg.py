@@ -11,6 +11,16 @@ from typing import Any
 import numpy as np
 from keras import ops
 
+__all__ = [
+    "newton_schulz",
+    "orthonormal_basis",
+    "polar_direction",
+    "spectral_ball",
+    "spectral_norm_bound",
+    "tangent",
+    "unit_norm",
+]
+
 Tensor = Any
 
 _TINY = 1e-30  # keeps 0 / 0 at 0; far below any weight whose square is a normal float32

@@ -13,6 +13,8 @@ from hkr_keras import layers
 from hkr_keras.certification.bounds import lipschitz_bound, model_states
 from hkr_keras.constraints import LipschitzConstraint, UnitNorm
 
+__all__ = ["lipschitz_cnn", "lipschitz_mlp", "lipschitz_resnet", "monotone"]
+
 
 def lipschitz_mlp(
     input_shape: Sequence[int],

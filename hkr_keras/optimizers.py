@@ -10,6 +10,8 @@ from hkr_keras import constraints, linalg
 from hkr_keras._registration import registered
 from hkr_keras.geometry import Geometry
 
+__all__ = ["StiefelMuon"]
+
 Tensor = Any
 
 _ORDERS = 64  # orders of the rows of a kernel, one after the other: each cuts it into other blocks
@@ -61,16 +63,16 @@ class StiefelMuon(keras.optimizers.Optimizer):
 
     def __init__(
         self,
-        learning_rate=0.02,
-        adam_ratio=0.25,
-        momentum=0.95,
-        beta_1=0.9,
-        beta_2=0.999,
-        epsilon=1e-7,
+        learning_rate: Any = 0.02,
+        adam_ratio: Any = 0.25,
+        momentum: Any = 0.95,
+        beta_1: Any = 0.9,
+        beta_2: Any = 0.999,
+        epsilon: Any = 1e-7,
         block: int | None = 128,
-        name="stiefel_muon",
-        **kwargs,
-    ):
+        name: Any = "stiefel_muon",
+        **kwargs: Any,
+    ) -> None:
         super().__init__(learning_rate=learning_rate, name=name, **kwargs)
         if not 0 <= momentum < 1:
             raise ValueError(f"Expected a momentum in [0, 1). Received: momentum={momentum}")
@@ -79,7 +81,7 @@ class StiefelMuon(keras.optimizers.Optimizer):
         self.adam_ratio, self.momentum, self.block = adam_ratio, momentum, block
         self.beta_1, self.beta_2, self.epsilon = beta_1, beta_2, epsilon
 
-    def build(self, variables):
+    def build(self, variables: Any) -> None:
         if self.built:
             return
         super().build(variables)
@@ -113,7 +115,7 @@ class StiefelMuon(keras.optimizers.Optimizer):
             for index in turning:
                 self._trainable_variables[index].constraint = self._sets[index]
 
-    def update_step(self, gradient, variable, learning_rate):
+    def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
         index = self._get_variable_index(variable)
         rate, gradient = ops.cast(learning_rate, variable.dtype), ops.cast(gradient, variable.dtype)
         gradient = ops.reshape(gradient, variable.shape)  # TensorFlow forgets shapes behind inputs of rank 3 and more
@@ -126,7 +128,7 @@ class StiefelMuon(keras.optimizers.Optimizer):
         else:
             self._adam(gradient, variable, self.adam_ratio * rate, self.momentums[index], self.velocities[index])
 
-    def _turn(self, gradient, variable, rate, momentum, geometry):
+    def _turn(self, gradient: Any, variable: Any, rate: Any, momentum: Any, geometry: Any) -> None:
         """The step in the units of the matrices, which are the kernel times its gain."""
         kernel = geometry.to_matrices(ops.convert_to_tensor(variable)) * geometry.gain
         tangent = linalg.tangent(kernel, geometry.to_matrices(gradient))
@@ -159,7 +161,7 @@ class StiefelMuon(keras.optimizers.Optimizer):
         kernel = ops.swapaxes(kernel, -1, -2) if wide else kernel
         self.assign(variable, geometry.from_matrices(kernel, variable.shape) / geometry.gain)
 
-    def _adam(self, gradient, variable, rate, momentum, velocity):
+    def _adam(self, gradient: Any, variable: Any, rate: Any, momentum: Any, velocity: Any) -> None:
         step = ops.cast(self.iterations + 1, variable.dtype)
         first, second = ops.cast(self.beta_1, variable.dtype), ops.cast(self.beta_2, variable.dtype)
         self.assign_add(momentum, (gradient - momentum) * (1 - first))
@@ -176,6 +178,6 @@ class StiefelMuon(keras.optimizers.Optimizer):
             variable.assign(store[key])
         return None
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         names = ("adam_ratio", "momentum", "beta_1", "beta_2", "epsilon", "block")
         return {**super().get_config(), **{name: getattr(self, name) for name in names}}

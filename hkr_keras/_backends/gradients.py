@@ -5,6 +5,7 @@ to an input that works on TensorFlow, JAX and PyTorch.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import keras
 import numpy as np
@@ -13,7 +14,7 @@ from keras import ops
 from hkr_keras._backends.compiling import compiled
 
 
-def as_function(model) -> Callable:
+def as_function(model: Any) -> Callable:
     """The model at inference as a function of one tensor, compiled where that is faster; it reads the present weights.
 
     Raises:
@@ -35,13 +36,13 @@ def as_function(model) -> Callable:
         return compiled(lambda x: model(x, training=False))
     call = compiled(lambda trainable, others, x: model.stateless_call(trainable, others, x, training=False)[0])
 
-    def function(x):  # variables are read here, since JAX takes them for constants inside
+    def function(x: Any) -> Any:  # variables are read here, since JAX takes them for constants inside
         return call([v.value for v in model.trainable_variables], [v.value for v in model.non_trainable_variables], x)
 
     return function
 
 
-def input_gradient(model) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+def input_gradient(model: Any) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
     """The gradient of a weighted sum of the outputs with respect to the inputs, as a function of both.
 
     Args:
@@ -62,7 +63,7 @@ def input_gradient(model) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
     """
     function, backend = as_function(model), keras.backend.backend()
 
-    def total(x, weights):
+    def total(x: Any, weights: Any) -> Any:
         return ops.sum(ops.reshape(function(x), weights.shape) * weights)
 
     if backend == "jax":
@@ -72,7 +73,7 @@ def input_gradient(model) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
     elif backend == "tensorflow":
         import tensorflow as tf
 
-        def differentiate(x, weights):
+        def differentiate(x: Any, weights: Any) -> Any:
             with tf.GradientTape(watch_accessed_variables=False) as tape:
                 tape.watch(x)
                 value = total(x, weights)
@@ -80,24 +81,24 @@ def input_gradient(model) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
     else:
         import torch
 
-        def differentiate(x, weights):
+        def differentiate(x: Any, weights: Any) -> Any:
             with torch.enable_grad():
                 return torch.autograd.grad(total(x.requires_grad_(True), weights), x)[0]
 
-    def gradient(x, weights):
+    def gradient(x: Any, weights: Any) -> Any:
         x, weights = (ops.convert_to_tensor(np.array(a, dtype=np.float32)) for a in (x, weights))
         return np.asarray(ops.convert_to_numpy(differentiate(x, weights)))
 
     return gradient
 
 
-def in_batches(function: Callable, *arrays, batch_size: int) -> np.ndarray:
+def in_batches(function: Callable, *arrays: Any, batch_size: int) -> np.ndarray:
     """The results of a function of arrays, one batch of rows at a time, joined."""
     starts = range(0, len(arrays[0]), batch_size)
     return np.concatenate([function(*(array[start : start + batch_size] for array in arrays)) for start in starts])
 
 
-def first_change(changed: Callable[[np.ndarray], np.ndarray], x, z, steps: int = 20) -> np.ndarray:
+def first_change(changed: Callable[[np.ndarray], np.ndarray], x: Any, z: Any, steps: int = 20) -> np.ndarray:
     """Between x and z, the points nearest to x at which something has changed that has changed at z, by bisection.
 
     Args:
@@ -117,7 +118,7 @@ def first_change(changed: Callable[[np.ndarray], np.ndarray], x, z, steps: int =
     move = np.asarray(z, dtype=np.float64) - x
     low, high = np.zeros(len(x)), np.ones(len(x))
 
-    def at(share):
+    def at(share: Any) -> Any:
         return (x + np.reshape(share, (-1,) + (1,) * (x.ndim - 1)) * move).astype(np.float32)
 
     for _ in range(steps):

@@ -17,6 +17,22 @@ from keras import ops
 from hkr_keras.certification.floating_point import MACHINE_EPSILON
 from hkr_keras.geometry import Geometry, kernel_geometries, overlap
 
+__all__ = [
+    "Spectrum",
+    "absolute_bound",
+    "as_float64",
+    "blocks_bound",
+    "convolution_bound",
+    "convolution_on",
+    "convolution_spectrum",
+    "kernel_blocks",
+    "kernel_bound",
+    "kernel_spectrum",
+    "matrix_spectrum",
+    "nonnegative_norm_bound",
+    "separable_bound",
+]
+
 _SLACK = 2e-4  # of the eigenvalues between the points where they are computed
 _CHUNK = 2**25  # bytes of Gram matrices, or of the terms of a Fourier sum, held at a time
 _BUDGET = 2.0  # seconds, roughly, that the frequencies of one kernel may cost
@@ -34,7 +50,7 @@ class Spectrum:
     bound: float
 
 
-def as_float64(variable) -> np.ndarray:
+def as_float64(variable: Any) -> np.ndarray:
     """Weights as float64 on the host.
 
     Raises:

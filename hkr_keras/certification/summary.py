@@ -214,17 +214,17 @@ def _is_linear(layer: Any) -> bool:
     return layer.activation is None or layer.activation is keras.activations.linear
 
 
-def _sides(states) -> list[list]:
+def _sides(states: Any) -> list[list]:
     """The inputs of a layer on both sides of the pairs."""
     return [[values[side] for _, values in states] for side in (0, 1)]
 
 
-def _numpy(tensor) -> np.ndarray:
+def _numpy(tensor: Any) -> np.ndarray:
     array = np.asarray(ops.convert_to_numpy(tensor), dtype=np.float64)
     return array.reshape(len(array), -1)
 
 
-def _ratio(results, arguments) -> float:
+def _ratio(results: Any, arguments: Any) -> float:
     """The largest change of the result over that of the arguments, less what rounding may have added."""
     first, second = (_numpy(result) for result in results)
     moved = np.sqrt(sum(np.square(_numpy(a) - _numpy(b)).sum(axis=1) for a, b in arguments))
@@ -233,7 +233,7 @@ def _ratio(results, arguments) -> float:
     return float(np.max(np.divide(change, moved, out=np.zeros_like(moved), where=moved > 0), initial=0.0))
 
 
-def _points(model, shapes, x) -> list[np.ndarray]:
+def _points(model: Any, shapes: Any, x: Any) -> list[np.ndarray]:
     if x is not None:
         return [array[:_POINTS].astype("float32") for array in check_inputs(model, x)]
     if None in shapes:
@@ -245,18 +245,18 @@ def _points(model, shapes, x) -> list[np.ndarray]:
     return [rng.normal(size=(_POINTS, *size)).astype("float32") for size in sizes]
 
 
-def _largest_change(model, points: list[np.ndarray]) -> tuple[float, list]:
+def _largest_change(model: Any, points: list[np.ndarray]) -> tuple[float, list]:
     """The largest ratio found, and the pairs of inputs that were compared, one pair of arrays for each input."""
     sizes = [math.prod(array.shape[1:]) for array in points]
     ends, total = np.cumsum(sizes)[:-1], sum(sizes)
     whole = np.concatenate([array.reshape(len(array), -1) for array in points], axis=1).astype(np.float64)
     step = 1e-2 * max(float(np.sqrt(np.mean(np.square(whole)))), 1e-3)
 
-    def split(x):
+    def split(x: Any) -> Any:
         parts = np.split(x.astype("float32"), ends, axis=1)
         return [part.reshape(-1, *array.shape[1:]) for part, array in zip(parts, points, strict=True)]
 
-    def function(x):
+    def function(x: Any) -> Any:
         outputs = []
         for start in range(0, len(x), _BATCH):
             parts = split(x[start : start + _BATCH])

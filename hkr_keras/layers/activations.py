@@ -10,6 +10,8 @@ from keras import ops
 from hkr_keras._registration import registered
 from hkr_keras.layers.base import PlainLayers
 
+__all__ = ["FullSort", "GroupSort", "Householder", "MaxMin", "group_sort", "householder", "pair_differences"]
+
 Tensor = Any
 
 _MATRIX_CHANNELS = 64  # up to here a product with a constant matrix is cheap

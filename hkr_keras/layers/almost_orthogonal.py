@@ -12,6 +12,8 @@ from hkr_keras._registration import registered
 from hkr_keras.geometry import Geometry, kernel_geometries, weight_geometries
 from hkr_keras.layers.base import ComposedKernel, LipschitzLayer, PlainLayers, at_least_float32
 
+__all__ = ["AOLConv2D", "AOLDense", "SLLConv2D", "SLLDense", "almost_orthogonal"]
+
 Tensor = Any
 
 _SMALLEST = 1e-6  # a channel weaker than this, relative to the largest entry, is not scaled up any further

@@ -5,6 +5,20 @@ import keras
 from hkr_keras._registration import registered
 from hkr_keras.layers.base import LipschitzLayer
 
+__all__ = [
+    "LipschitzConv1D",
+    "LipschitzConv1DTranspose",
+    "LipschitzConv2D",
+    "LipschitzConv2DTranspose",
+    "LipschitzConv3D",
+    "LipschitzConv3DTranspose",
+    "LipschitzDense",
+    "LipschitzDepthwiseConv1D",
+    "LipschitzDepthwiseConv2D",
+    "LipschitzSeparableConv1D",
+    "LipschitzSeparableConv2D",
+]
+
 
 @registered
 class LipschitzDense(LipschitzLayer, keras.layers.Dense):

@@ -11,6 +11,8 @@ from keras import ops
 from hkr_keras._registration import registered
 from hkr_keras.layers.base import Layer, PlainLayers
 
+__all__ = ["LipschitzResidual", "Scale"]
+
 Tensor = Any
 
 

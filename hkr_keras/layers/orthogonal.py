@@ -14,6 +14,18 @@ from hkr_keras._registration import registered
 from hkr_keras.geometry import Geometry, weight_geometries
 from hkr_keras.layers.base import ComposedKernel, Layer, PlainLayers, at_least_float32, keras_class
 
+__all__ = [
+    "OrthogonalConv1D",
+    "OrthogonalConv1DTranspose",
+    "OrthogonalConv2D",
+    "OrthogonalConv2DTranspose",
+    "block_convolution",
+    "dilated",
+    "orthogonal_kernel",
+    "two_tap_steps",
+    "wrap",
+]
+
 Tensor = Any
 
 _SHRINK = 1.0 - 2.0**-18  # float32 leaves up to 2e-6 above 1 in the norm of a kernel composed of wide factors

@@ -11,6 +11,21 @@ from hkr_keras._registration import registered
 from hkr_keras.geometry import overlap
 from hkr_keras.layers.base import PlainLayers
 
+__all__ = [
+    "GlobalL2NormPooling1D",
+    "GlobalL2NormPooling2D",
+    "InvertibleDownsampling2D",
+    "InvertibleUpsampling2D",
+    "L2NormPooling1D",
+    "L2NormPooling2D",
+    "L2NormPooling3D",
+    "ScaledAveragePooling1D",
+    "ScaledAveragePooling2D",
+    "ScaledAveragePooling3D",
+    "ScaledGlobalAveragePooling1D",
+    "ScaledGlobalAveragePooling2D",
+]
+
 Tensor = Any
 
 _SQUARED_FLOOR = 1e-24  # keeps the gradient of the root finite at 0

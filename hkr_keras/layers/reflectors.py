@@ -124,7 +124,7 @@ class ReflectorDense(ComposedKernel, keras.layers.Dense):
 
     vectors: Any
 
-    def __init__(self, units: int, rank: int | None = None, **kwargs: Any):
+    def __init__(self, units: int, rank: int | None = None, **kwargs: Any) -> None:
         if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
             raise ValueError(f"Expected the rank to be an integer of at least 1, or None. Received: rank={rank}")
         super().__init__(units, **kwargs)
@@ -137,7 +137,7 @@ class ReflectorDense(ComposedKernel, keras.layers.Dense):
 
     def add_weight(
         self, *args: Any, name: str | None = None, shape: Any = None, regularizer: Any = None, **kwargs: Any
-    ):
+    ) -> Any:
         if name != "kernel":
             return super().add_weight(*args, name=name, shape=shape, regularizer=regularizer, **kwargs)
         size = max(shape)

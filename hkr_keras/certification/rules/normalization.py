@@ -23,6 +23,8 @@ from hkr_keras.certification.rules.merging import as_stored
 from hkr_keras.certification.rules.registry import Shape, bound_of, rule
 from hkr_keras.certification.singular_values import as_float64
 
+__all__ = []
+
 _k = keras.layers
 
 

@@ -21,6 +21,8 @@ from hkr_keras.certification.rules.registry import Shape, bound_of, rule
 from hkr_keras.certification.singular_values import convolution_bound, matrix_spectrum
 from hkr_keras.geometry import overlap
 
+__all__ = []
+
 _k = keras.layers
 
 

@@ -9,6 +9,8 @@ from hkr_keras.certification.rules.registry import Shape, rule
 from hkr_keras.certification.singular_values import kernel_bound
 from hkr_keras.layers.recurrent import LipschitzSimpleRNNCell, recurrence_bound
 
+__all__ = []
+
 
 def _recurrence(layer: Any, shape: Shape) -> float:
     cell = layer.cell
