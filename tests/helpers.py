@@ -8,6 +8,13 @@ import numpy as np
 
 BACKEND = keras.backend.backend()
 
+#: What Keras or a backend raises where it refuses to run a model.
+REFUSALS: tuple[type[Exception], ...] = (ArithmeticError, AttributeError, RuntimeError, TypeError, ValueError)
+if BACKEND == "tensorflow":
+    import tensorflow
+
+    REFUSALS += (tensorflow.errors.InvalidArgumentError,)
+
 
 @contextlib.contextmanager
 def double_precision():
