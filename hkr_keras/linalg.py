@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from keras import ops
 
+from hkr_keras._backends.compiling import is_traced
+
 __all__ = [
     "newton_schulz",
     "orthonormal_basis",
@@ -122,11 +124,10 @@ def _squared_norm_bound(gram: Tensor, deviation: Tensor) -> Tensor:
         return ops.minimum(ops.minimum(near, _matrix_norm(gram)), 1.0 + ops.sqrt(fourth_power))
 
     wild = ops.any(near > 4.0)
-    try:  # with the value at hand: JAX would compile both branches anew in every call
-        wild = bool(ops.convert_to_numpy(wild))
-    except Exception:  # each backend has its own error for a tensor that is being traced
+    if is_traced(wild):
         return ops.cond(wild, smallest, lambda: near)
-    return smallest() if wild else near
+    # With the value at hand: JAX would compile both branches anew in every call.
+    return smallest() if bool(ops.convert_to_numpy(wild)) else near
 
 
 def _largest_eigenvalue_estimate(gram: Tensor) -> Tensor:
@@ -161,13 +162,13 @@ def orthonormal_basis(matrices: Tensor) -> Tensor:
     """
     wide = matrices.shape[-2] < matrices.shape[-1]
     w = ops.cast(matrices, _working_dtype(matrices))
-    try:  # with values at hand: float64 on the host, and nothing to compile for every new shape
-        values = np.asarray(ops.convert_to_numpy(w), dtype=np.float64)
-    except Exception:  # each backend has its own error for a tensor that is being traced
+    if is_traced(w):
         q, r = ops.qr(ops.swapaxes(w, -1, -2) if wide else w)
         signs = ops.where(ops.diagonal(r, axis1=-2, axis2=-1) < 0, -1.0, 1.0)
         q = newton_schulz(q * ops.expand_dims(signs, -2))
         return ops.cast(ops.swapaxes(q, -1, -2) if wide else q, matrices.dtype)
+    # With values at hand: float64 on the host, and nothing to compile for every new shape.
+    values = np.asarray(ops.convert_to_numpy(w), dtype=np.float64)
     q, r = np.linalg.qr(values.swapaxes(-1, -2) if wide else values)
     q = q * np.where(np.diagonal(r, axis1=-2, axis2=-1) < 0, -1.0, 1.0)[..., None, :]
     return ops.convert_to_tensor(q.swapaxes(-1, -2) if wide else q, dtype=matrices.dtype)

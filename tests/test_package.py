@@ -76,6 +76,7 @@ SOURCES = {path.relative_to(PACKAGE): path for path in sorted(PACKAGE.rglob("*.p
 PUBLIC = [name for name in SOURCES if not any(part.startswith("_") for part in name.parts)]
 FOR_SUBCLASSES = {  # Keras has them for classes that derive from its own
     ("optimizers.py", "_get_variable_index"),
+    ("optimizers.py", "_trainable_variables"),  # of the model, in the order of the slots
     ("callbacks.py", "_model"),  # `model` would collect the variables of a JAX training loop
 }
 
