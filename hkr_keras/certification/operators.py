@@ -71,7 +71,7 @@ class Diagonal:
         if isinstance(first, Diagonal):
             if self.numbers.ndim and first.numbers.ndim and self.numbers.ndim != first.numbers.ndim:
                 return None
-            with np.errstate(over="ignore", under="ignore"):
+            with np.errstate(over="ignore", under="ignore", invalid="ignore"):
                 product = self.numbers * first.numbers
             lost = (np.abs(product) < _TINY) & (self.numbers != 0) & (first.numbers != 0)
             relative = _joint(self.relative, first.relative) + 4 * MACHINE_EPSILON
