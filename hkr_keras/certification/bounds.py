@@ -22,6 +22,7 @@ from hkr_keras.certification.rules.registry import (
     Shape,
     bound_of,
     check,
+    is_a,
     layer_bound,
     merge_bound,
     rule,
@@ -149,7 +150,7 @@ def state_through(place: Application, states: list[LipschitzState]) -> Lipschitz
         return LipschitzState(lambda: merged, one_sided=all(state.one_sided for state in states))
     state, shape = states[0], place.shapes[0]
     check(layer, shape)
-    if isinstance(layer, RESHAPING):
+    if is_a(layer, *RESHAPING):
         return _reshaped(place, state)
     operator, slope = tail_of(layer, shape)
     if operator is not None:
@@ -179,8 +180,8 @@ def _check_same_shape(place: Application, operator: Operator | str) -> None:
 
 def _behind(layer: Any, state: LipschitzState, operator: Operator, slope: float | None) -> LipschitzState:
     """The state behind a layer: a linear operator, and perhaps an activation."""
-    no_shift = isinstance(layer, Scale) or (isinstance(layer, keras.layers.Rescaling) and not np.any(layer.offset))
-    one_sided = is_one_sided(layer) or (state.one_sided and isinstance(layer, Scale))
+    no_shift = is_a(layer, Scale) or (is_a(layer, keras.layers.Rescaling) and not np.any(layer.offset))
+    one_sided = is_one_sided(layer) or (state.one_sided and is_a(layer, Scale))
     whole = None if state.operator is None else operator.after(state.operator)
     start = state if whole is None or state.start is None else state.start
     joined = operator if whole is None else whole
@@ -204,7 +205,8 @@ def _reshaped(place: Application, state: LipschitzState) -> LipschitzState:
     bound_of(place.layer, place.shapes[0])
     shape, output, operator = place.shapes[0], place.output_shape, state.operator
     kept: Operator | None = None
-    if isinstance(operator, Diagonal) and shape is not None and output is not None:
+    in_order = getattr(place.layer, "data_format", "channels_last") == "channels_last"  # else Flatten moves channels
+    if in_order and isinstance(operator, Diagonal) and shape is not None and output is not None:
         kept = operator.reshaped(tuple(shape[1:]), tuple(output[1:]))
     elif operator is not None and shape is not None and tuple(shape) == tuple(output or ()):
         kept = operator
@@ -212,8 +214,10 @@ def _reshaped(place: Application, state: LipschitzState) -> LipschitzState:
 
 
 def _is_relu(layer: Any) -> bool:
-    activation = layer.activation if isinstance(layer, keras.layers.Activation) else layer
-    if isinstance(activation, keras.layers.ReLU):
+    activation = layer.activation if is_a(layer, keras.layers.Activation) else layer
+    if isinstance(activation, keras.layers.Layer):
+        if not is_a(activation, keras.layers.ReLU):
+            return False
         return not activation.negative_slope and not activation.threshold and activation.max_value is None
     return activation in (keras.activations.relu, keras.ops.relu)
 
@@ -225,7 +229,7 @@ def _stacked(layer: Any, states: list[LipschitzState]) -> np.ndarray:
     them changes the other is 0. Concatenated, such a pair counts as one.
     """
     rows = [state.constants for state in states]
-    if not isinstance(layer, keras.layers.Concatenate):
+    if not is_a(layer, keras.layers.Concatenate):
         return np.stack(rows)
     paired: set[int] = set()
     for i, first in enumerate(states):
@@ -314,7 +318,7 @@ class _Chain:
                 bound = semidefinite_bound(
                     [link.matrix for link in matrices],
                     [slope for _, slope in self.links],
-                    [link.error for link in matrices],
+                    [link.total_error for link in matrices],
                 )
                 self._constants = np.minimum(self._constants, _times(self.start, bound))
         return self._constants

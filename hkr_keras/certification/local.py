@@ -132,7 +132,8 @@ def _link(place: Application, states: list[_Links]) -> _Links:
         check(layer, place.shapes[0])
         operator, _ = tail_of(layer, place.shapes[0])
         known = layer_bound.known(type(layer))
-        is_start = known in (keras.layers.Flatten, keras.layers.InputLayer) and not kernels
+        in_order = getattr(layer, "data_format", "channels_last") == "channels_last"
+        is_start = known in (keras.layers.Flatten, keras.layers.InputLayer) and in_order and not kernels
         if is_start or isinstance(operator, str):
             return kernels, biases, slopes
         matrix = operator.matrix if isinstance(layer, keras.layers.Dense) and isinstance(operator, Matrix) else None

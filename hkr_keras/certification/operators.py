@@ -115,6 +115,11 @@ class Matrix:
     relative: float = 0.0
 
     @property
+    def total_error(self) -> float:
+        """Bound on the norm of what is wrong with the matrix, relative errors of its rows included."""
+        return (self.error + self.relative * (_length(self.matrix) + self.error)) * _UP
+
+    @property
     def bound(self) -> float:
         """Upper bound on the norm."""
         return (

@@ -20,6 +20,7 @@ from hkr_keras.certification import bounds
 from hkr_keras.certification.batches import check_inputs
 from hkr_keras.certification.bounds import LipschitzState
 from hkr_keras.certification.graph import walk
+from hkr_keras.certification.rules.registry import is_a
 from hkr_keras.certification.singular_values import kernel_spectrum
 from hkr_keras.geometry import flattened_layers, kernel_geometries
 
@@ -181,7 +182,7 @@ def lipschitz_summary(
         results = [layer(arguments if len(arguments) > 1 else arguments[0], **settings) for arguments in _sides(states)]
         found = _ratio(results, [state[1] for state in states])
         sigma_max = math.prod(s.largest for s in spectra) if len(spectra) == 1 else None
-        if sigma_max is not None and isinstance(layer, keras.layers.Dense) and _is_linear(layer):
+        if sigma_max is not None and is_a(layer, keras.layers.Dense) and _is_linear(layer):
             found = max(found, sigma_max)  # that of a convolution is the largest over all sizes of images
         rows.append(
             SummaryRow(

@@ -106,7 +106,13 @@ def activation_bound(activation: Any, shape: Shape = None) -> float:
                 "Expected an activation without numbers of its own, or inputs of known shape: put the layer behind the "
                 f"other one. Received: activation={type(activation).__name__} '{activation.name}'"
             )
-        return bound_of(activation, shape)
+        bound = bound_of(activation, shape)
+        if shape is not None and tuple(activation.compute_output_shape(tuple(shape)))[1:] != tuple(shape)[1:]:
+            raise ValueError(  # Keras promises the shape before it
+                "Expected an activation that keeps the shape: put the layer behind the other one. "
+                f"Received: activation={type(activation).__name__} '{activation.name}'"
+            )
+        return bound
     try:
         return ACTIVATION_BOUNDS[activation]
     except (KeyError, TypeError):

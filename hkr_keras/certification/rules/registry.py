@@ -300,6 +300,11 @@ def _as_built(layer: Any) -> Iterator[None]:
         ) from error
 
 
+def is_a(layer: Any, *classes: type) -> bool:
+    """Whether the rule of a layer is that of one of these classes: a subclass with a rule of its own is no member."""
+    return (layer_bound.known(type(layer)) or merge_bound.known(type(layer))) in classes
+
+
 def is_model(layer: Any) -> bool:
     """Whether a layer is a model that is read layer by layer: one without a bound registered for its class."""
     return isinstance(layer, keras.Model) and layer_bound.known(type(layer)) is keras.Model

@@ -1,0 +1,91 @@
+"""What readers who saw the package for the first time broke: each bound is above what can be measured, or refused."""
+
+import keras
+import numpy as np
+import pytest
+from helpers import explicit_operator, largest_singular_value
+
+import hkr_keras as hkr
+from hkr_keras import bounds
+
+K, L = keras.layers, hkr.layers
+
+
+class Twice(K.Flatten):
+    def call(self, inputs):
+        return 2 * super().call(inputs)
+
+
+class Absolute(K.ReLU):
+    def call(self, inputs):
+        return keras.ops.abs(inputs)
+
+
+class TenAndOne(K.Concatenate):
+    def call(self, inputs):
+        return 10 * inputs[0] + inputs[1]
+
+    def compute_output_shape(self, input_shape):
+        return input_shape[0]
+
+
+def channels_first(scaling):
+    layer = K.Dense(1, use_bias=False)
+    model = keras.Sequential([keras.Input((2, 3)), scaling, K.Flatten(data_format="channels_first"), layer])
+    kernel = np.zeros((6, 1), "float32")
+    kernel[1] = 1
+    layer.set_weights([kernel])
+    return model
+
+
+@pytest.mark.parametrize("scale", [[[1.0], [100.0]], [[100.0], [1.0]]])
+def test_flatten_may_move_channels(scale):
+    model = channels_first(K.Rescaling(np.array(scale)))
+    exact = largest_singular_value(explicit_operator(model, (2, 3)))
+    assert exact * (1 - 1e-6) <= hkr.lipschitz_bound(model)
+
+
+def test_registered_subclasses_of_layers_that_fold_are_themselves():
+    bounds.layer_bound.register(Twice, lambda layer: 2.0)
+    bounds.layer_bound.register(Absolute, lambda layer: 1.0)
+    bounds.merge_bound.register(TenAndOne, lambda layer, constants: 10 * constants[0] + constants[1])
+    assert hkr.lipschitz_bound(keras.Sequential([keras.Input((2, 3)), Twice()])) == pytest.approx(2.0)
+    x = keras.Input((2,))
+    mirrored = K.Rescaling(-1.0)(x)
+    pair = keras.Model(x, K.Concatenate()([Absolute()(x), Absolute()(mirrored)]))
+    assert hkr.lipschitz_bound(pair) == pytest.approx(2**0.5)
+    merged = keras.Model(x, TenAndOne()([K.ReLU()(x), K.ReLU()(mirrored)]))
+    assert hkr.lipschitz_bound(merged) == pytest.approx(11.0)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        K.Cropping1D((0, 3)),
+        K.UpSampling1D(2),
+        K.ZeroPadding1D(2),
+        K.Permute((2, 1)),
+        K.AveragePooling1D(4, padding="same"),
+    ],
+    ids=lambda layer: layer.name,
+)
+def test_an_activation_keeps_the_shape(layer):
+    for inner in (K.Activation(layer), K.Dense(2, activation=layer)):
+        model = keras.Sequential([keras.Input((4, 2)), inner])
+        with pytest.raises(ValueError, match="keeps the shape"):
+            hkr.lipschitz_bound(model)
+
+
+def test_the_semidefinite_bound_counts_relative_errors():
+    model = keras.Sequential(
+        [keras.Input((1,)), K.Rescaling(2.2e-45), K.Dense(1, "relu", use_bias=False), K.Dense(1, use_bias=False)]
+    )
+    model.set_weights([np.array([[1e30]]), np.array([[1e10]])])
+    stored = float(np.float32(2.2e-45)) * 1e40
+    assert stored * (1 - 1e-6) <= hkr.lipschitz_bound(model, method="semidefinite") <= hkr.lipschitz_bound(model)
+
+
+def test_local_bounds_want_inputs_in_order():
+    model = keras.Sequential([keras.Input((2, 3)), K.Flatten(data_format="channels_first"), K.Dense(2)])
+    with pytest.raises(ValueError, match="Flatten"):
+        hkr.local_bound(model, np.ones((1, 2, 3), "float32"), 0.1)
