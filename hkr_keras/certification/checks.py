@@ -166,7 +166,7 @@ def check_batch_apart(layer: Any, shape: Any) -> None:
     axis = getattr(layer, "axis", None)
     axes = [] if axis is None else [axis] if isinstance(axis, (int, np.integer)) else list(axis)
     known = shape or build_shape(layer)
-    if any(a == 0 or (a < -1 and (known is None or a + len(known) <= 0)) for a in axes):
+    if any(a == 0 or (a < 0 and (a < -1 if known is None else a + len(known) <= 0)) for a in axes):
         raise ValueError(
             f"Expected inputs to stay apart in the batch. Received: {layer.name}.axis={axis}, shape={known}"
         )

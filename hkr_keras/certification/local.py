@@ -83,6 +83,12 @@ def local_radii(model: Any, x: Any, steps: int = 10) -> np.ndarray:
     True
     """
     kernels, biases, slopes = _read(model)
+    outputs = kernels[-1].shape[1]
+    if outputs < 2 or not _ends_in_logits(model):
+        raise ValueError(
+            "Expected a model that ends in at least two logits, without an activation behind them. "
+            f"Received: model '{model.name}' with {outputs} outputs"
+        )
     points = _flat(model, x)
     value, error = points, np.zeros_like(points)
     for i, (kernel, bias) in enumerate(zip(kernels, biases, strict=True)):
@@ -108,6 +114,12 @@ def local_radii(model: Any, x: Any, steps: int = 10) -> np.ndarray:
         best = np.maximum(best, np.minimum(middle, found))
         low, high = np.where(found >= middle, middle, low), np.where(found >= middle, high, middle)
     return best
+
+
+def _ends_in_logits(model: Any) -> bool:
+    """Whether no activation follows the last Dense layer, which could make two outputs equal."""
+    *_, (kernels, _, slopes) = walk(model, [([], [], [])], _link, [model.inputs[0].shape])
+    return len(slopes) < len(kernels) or slopes[-1] == 1.0
 
 
 _Links = tuple[list[np.ndarray], list[np.ndarray], list[float]]
@@ -157,7 +169,9 @@ def _slope_below(activation: Any) -> float | None:
     known = layer_bound.known(type(activation))
     if known is keras.layers.Activation:
         activation = activation.activation
-    if known is keras.layers.LeakyReLU or (known is keras.layers.ReLU and activation.max_value is None):
+    if known is keras.layers.LeakyReLU or (
+        known is keras.layers.ReLU and activation.max_value is None and not activation.threshold
+    ):
         slope = float(activation.negative_slope or 0.0)
         return slope if 0 <= slope <= 1 else None
     if activation in (None, keras.activations.linear):

@@ -7,6 +7,7 @@ from helpers import explicit_operator, largest_singular_value
 
 import hkr_keras as hkr
 from hkr_keras import bounds
+from hkr_keras.certification.local import local_radii
 
 K, L = keras.layers, hkr.layers
 
@@ -89,3 +90,36 @@ def test_local_bounds_want_inputs_in_order():
     model = keras.Sequential([keras.Input((2, 3)), K.Flatten(data_format="channels_first"), K.Dense(2)])
     with pytest.raises(ValueError, match="Flatten"):
         hkr.local_bound(model, np.ones((1, 2, 3), "float32"), 0.1)
+
+
+def test_local_radii_want_logits_and_continuous_activations():
+    x = np.ones((1, 1), "float32")
+    jumps = keras.Sequential([keras.Input((1,)), K.Dense(1), K.ReLU(threshold=1.0), K.Dense(2)])
+    with pytest.raises(ValueError, match="ReLU"):
+        local_radii(jumps, x)
+    for last in (K.Dense(2, activation="relu"), K.Dense(1)):
+        with pytest.raises(ValueError, match="at least two logits"):
+            local_radii(keras.Sequential([keras.Input((1,)), K.Dense(2, "relu"), last]), x)
+
+
+@pytest.mark.parametrize("softmax", [K.Softmax(), K.Activation("softmax")], ids=["layer", "function"])
+def test_softmax_over_the_batch_is_refused(softmax):
+    model = keras.Sequential([keras.Input((1,)), K.Reshape(()), softmax, K.Rescaling(1.0, offset=-0.3)])
+    with pytest.raises(ValueError, match="stay apart in the batch"):
+        hkr.certify(model, np.ones((3, 1), "float32"), verbose=0)
+
+
+class Labelled(K.Dense):
+    """Computes what Dense does, and keeps one more setting."""
+
+    def __init__(self, *args, label="", **kwargs):
+        super().__init__(*args, **kwargs)
+        self.label = label
+
+    def get_config(self):
+        return {**super().get_config(), "label": self.label}
+
+
+def test_settings_of_a_subclass_are_no_hindrance():
+    model = keras.Sequential([keras.Input((3,)), Labelled(2, label="head")])
+    assert hkr.certify(model, np.ones((2, 3), "float32"), verbose=0, rigorous=True).rigorous

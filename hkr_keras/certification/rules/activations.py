@@ -60,6 +60,8 @@ ACTIVATION_BOUNDS |= {
     if hasattr(keras.ops, name)
 }
 
+#: Functions of all numbers along the last axis.
+_ALONG_AN_AXIS = ("softmax", "log_softmax", "sparsemax")
 #: Activation functions that compare and multiply once at most.
 _COMPARISONS = {getattr(module, name) for module in (_a, keras.ops) for name in ("relu", "relu6", "leaky_relu")} | {
     _a.linear
@@ -113,6 +115,11 @@ def activation_bound(activation: Any, shape: Shape = None) -> float:
                 f"Received: activation={type(activation).__name__} '{activation.name}'"
             )
         return bound
+    if shape is not None and len(shape) < 2 and getattr(activation, "__name__", "") in _ALONG_AN_AXIS:
+        raise ValueError(
+            "Expected inputs to stay apart in the batch. "
+            f"Received: activation={activation.__name__} of inputs of shape {tuple(shape)}"
+        )
     try:
         return ACTIVATION_BOUNDS[activation]
     except (KeyError, TypeError):

@@ -83,8 +83,9 @@ def check_convolution(layer: Any, x: Any) -> None:
 def _absolute_twin(layer: Any) -> keras.layers.Layer:
     """The plain Keras layer with the absolute values of the kernels, and nothing else."""
     plain: Any = next(cls for cls in type(layer).__mro__ if cls.__module__.startswith("keras."))
-    config = {name: None for name in layer.get_config() if name.endswith(("_constraint", "_regularizer"))}
-    twin = plain.from_config({**layer.get_config(), **config, "use_bias": False, "activation": None})
+    config = plain.get_config(layer)  # without what a subclass adds
+    config |= {name: None for name in config if name.endswith(("_constraint", "_regularizer"))}
+    twin = plain.from_config({**config, "use_bias": False, "activation": None})
     twin.build(layer.get_build_config()["input_shape"])
     for name in kernel_geometries(layer):
         getattr(twin, name).assign(ops.abs(ops.convert_to_tensor(getattr(layer, name))))
