@@ -116,13 +116,14 @@ def local_radii(model: Any, x: Any, steps: int = 10) -> np.ndarray:
     return best
 
 
+_Links = tuple[list[np.ndarray], list[np.ndarray], list[float]]
+
+
 def _ends_in_logits(model: Any) -> bool:
     """Whether no activation follows the last Dense layer, which could make two outputs equal."""
-    *_, (kernels, _, slopes) = walk(model, [([], [], [])], _link, [model.inputs[0].shape])
+    start: list[_Links] = [([], [], [])]
+    *_, (kernels, _, slopes) = walk(model, start, _link, [model.inputs[0].shape])
     return len(slopes) < len(kernels) or slopes[-1] == 1.0
-
-
-_Links = tuple[list[np.ndarray], list[np.ndarray], list[float]]
 
 
 def _read(model: Any) -> _Links:
