@@ -365,7 +365,8 @@ def lipschitz_bound(model: Any, method: str = "product") -> float:
     """A proven upper bound on the Lipschitz constant of a model or layer, from L2 norm to L2 norm.
 
     Computed in float64 on the host from the stored weights, whatever constraint they carry: at inference, in
-    exact arithmetic, `|f(x) - f(z)| <= bound * |x - z|`. Several inputs count as one long vector, and so do
+    exact arithmetic, `|f(x) - f(z)| <= bound * |x - z|`. Kernels count as they are stored, before a half-precision
+    policy casts them. Several inputs count as one long vector, and so do
     several outputs. The bound of a convolution by itself holds for images of every size.
 
     Args:
@@ -393,6 +394,8 @@ def lipschitz_bound(model: Any, method: str = "product") -> float:
     """
     if method not in ("product", "semidefinite"):
         raise ValueError(f"Expected method 'product' or 'semidefinite'. Received: method={method!r}")
+    if not isinstance(model, keras.layers.Layer):
+        raise ValueError(f"Expected a Keras model or layer. Received: model={model!r}")
     if not is_model(model):
         return bound_of(model)
     if method == "product":

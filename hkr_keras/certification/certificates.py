@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import numbers
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -402,8 +403,8 @@ class Verification:
 
 
 def _check_epsilon(epsilon: Any) -> float:
-    if not 0 <= epsilon < math.inf:
-        raise ValueError(f"Expected a finite distance of at least 0. Received: epsilon={epsilon}")
+    if not isinstance(epsilon, numbers.Real) or not 0 <= epsilon < math.inf:
+        raise ValueError(f"Expected a finite distance of at least 0. Received: epsilon={epsilon!r}")
     return float(epsilon)
 
 

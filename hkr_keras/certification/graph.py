@@ -146,7 +146,13 @@ def _output_shape(layer: Any, shapes: list[Shape], promised: Shape) -> Shape:
     if promised is not None and type(layer).compute_output_shape is keras.layers.Layer.compute_output_shape:
         return promised
     given = [tuple(shape) for shape in shapes]
-    return tuple(layer.compute_output_shape(given if len(given) > 1 else given[0]))
+    try:
+        return tuple(layer.compute_output_shape(given if len(given) > 1 else given[0]))
+    except NotImplementedError as error:  # Keras could not trace the layer at these sizes
+        raise ValueError(
+            "Expected layers that tell the shape of their output: define compute_output_shape. "
+            f"Received: layer={type(layer).__name__} '{layer.name}', shape={given}"
+        ) from error
 
 
 def _walk_graph(

@@ -63,6 +63,8 @@ def export(
     """
     path = pathlib.Path(path)
     format = _format(path, format)
+    if not isinstance(model, keras.Model):
+        raise ValueError(f"Expected a Keras model. Received: model={model!r}")
     if unknown := sorted(set(kwargs) - set(_HARMLESS)):
         raise ValueError(
             "Expected options that leave the function as it is, since the constants are those of the model: "

@@ -123,3 +123,25 @@ class Labelled(K.Dense):
 def test_settings_of_a_subclass_are_no_hindrance():
     model = keras.Sequential([keras.Input((3,)), Labelled(2, label="head")])
     assert hkr.certify(model, np.ones((2, 3), "float32"), verbose=0, rigorous=True).rigorous
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_numbers_are_rounded_to_the_type_of_their_layer(dtype):
+    for layer in (L.Scale(0.1, dtype=dtype), K.Rescaling(0.1, dtype=dtype)):
+        model = keras.Sequential([keras.Input((1,)), layer])
+        assert hkr.lipschitz_bound(model) >= 0.1000977  # what 0.1 is in bfloat16
+    with pytest.raises(ValueError, match="normal in"):
+        hkr.lipschitz_bound(keras.Sequential([keras.Input((1,)), L.Scale(1e-30, dtype="float16")]))
+
+
+@pytest.mark.parametrize("what", [None, "abc", 3, K.Dense, keras.Input((2,))], ids=str)
+def test_what_is_no_layer_has_no_bound(what):
+    with pytest.raises(ValueError, match="Expected a Keras model or layer"):
+        hkr.lipschitz_bound(what)
+
+
+@pytest.mark.parametrize("epsilon", [None, "a", [0.1]])
+def test_epsilon_is_a_number(epsilon):
+    model = keras.Sequential([keras.Input((1,)), L.Scale(2.0)])
+    with pytest.raises(ValueError, match="finite distance"):
+        hkr.certify_outputs(model, np.ones((1, 1)), epsilon=epsilon, verbose=0)

@@ -20,20 +20,23 @@ __all__ = ["as_stored"]
 _k = keras.layers
 
 
-def as_stored(numbers: Any) -> Diagonal:
-    """Numbers that a layer multiplies by, and how far those are that it computes with: it may round them to float32."""
+def as_stored(numbers: Any, dtype: str) -> Diagonal:
+    """Numbers that a layer multiplies by, and how far those are that it computes with: it rounds them to its type."""
     exact = np.asarray(numbers, dtype=np.float64)
     if not np.isfinite(exact).all():
         raise ValueError(f"Expected finite numbers to multiply by. Received: {numbers}")
     with np.errstate(over="ignore", divide="ignore", invalid="ignore", under="ignore"):
         single = exact.astype(np.float32).astype(np.float64)
         relative = np.where(exact == 0, 0.0, np.abs(single - exact) / np.abs(exact))
-    return Diagonal(exact, float(relative.max(initial=0.0)))
+    half = {"float16": 2.0**-10, "bfloat16": 2.0**-7}.get(dtype, 0.0)  # of numbers that are normal there
+    if half and ((exact != 0) & (np.abs(exact) < 2.0**-14)).any():
+        raise ValueError(f"Expected numbers that are normal in {dtype}. Received: {numbers}")
+    return Diagonal(exact, float(relative.max(initial=0.0)) + half)
 
 
 def _factor(layer: Any, shape: Shape) -> Diagonal:
     check_scalars(layer, "k")
-    return as_stored(float(layer.k))
+    return as_stored(float(layer.k), str(layer.compute_dtype))
 
 
 def _sum(layer: Any, constants: np.ndarray) -> np.ndarray:

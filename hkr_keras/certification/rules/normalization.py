@@ -47,7 +47,7 @@ def _rescaling(layer: Any, shape: Shape) -> Diagonal:
         scale = scale.reshape(scale.shape + (1,) * (3 - scale.ndim))  # as Keras does, whatever the rank of the input
     shape = build_shape(layer) if shape is None else shape
     check_elementwise(layer, [scale, offset], shape)
-    stored = as_stored(scale)
+    stored = as_stored(scale, str(layer.compute_dtype))
     return Diagonal(_aligned(layer, stored.numbers, shape), stored.relative)
 
 
