@@ -1,7 +1,8 @@
-"""Models in other layers: `to_lipschitz`, `to_keras`, and constraints for models that are left as they are."""
+"""Models in other layers: `to_lipschitz`, `from_deel_lip`, `to_keras`, and constraints for models left as they are."""
 
 from hkr_keras.conversion.constraining import constrain
+from hkr_keras.conversion.from_deel_lip import from_deel_lip
 from hkr_keras.conversion.to_keras import keras_layers, to_keras
 from hkr_keras.conversion.to_lipschitz import to_lipschitz
 
-__all__ = ["constrain", "keras_layers", "to_keras", "to_lipschitz"]
+__all__ = ["constrain", "from_deel_lip", "keras_layers", "to_keras", "to_lipschitz"]

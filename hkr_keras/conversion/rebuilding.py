@@ -40,6 +40,7 @@ class Rebuilder:
         self.known: dict[Layer, list[Layer]] = {}
         self.followers: dict[Layer, list[Layer]] = {}
         self.fills: list[Callable[[], None]] = []
+        self.trained_by_default: set[Layer] = set()  # in the old model, if not told otherwise
 
     def __call__(self, model: keras.Model) -> keras.Model:
         new = self._model(model)
@@ -51,6 +52,8 @@ class Rebuilder:
         if layer not in self.known:
             new = self.known[layer] = self._new(layer)
             self.followers[new[0]] = new[1:]
+            if type(new[0]) is not type(layer) and _trains_by_default(layer):
+                self.trained_by_default.add(new[0])
         return self.known[layer]
 
     def _new(self, layer: Any) -> list[Layer]:
@@ -68,6 +71,8 @@ class Rebuilder:
 
     def _call(self, layer: Any, *args: Any, **kwargs: Any) -> Any:
         given = {name: value for name, value in kwargs.items() if value is not None}  # masks, which not all layers know
+        if layer in self.trained_by_default and given.get("training") is True:
+            del given["training"]  # which Keras wrote down
         outputs = layer(*args, **given)
         for follower in self.followers.get(layer, ()):
             outputs = follower(outputs)
@@ -81,6 +86,11 @@ class Rebuilder:
             behind = [n for layer in view.layers if not isinstance(layer, _k.InputLayer) for n in self._layer(layer)]
             return keras.Sequential([start, *behind], name=model.name)
         return keras.models.clone_model(view, clone_function=lambda old: self._layer(old)[0], call_function=self._call)
+
+
+def _trains_by_default(layer: Any) -> bool:
+    parameter = inspect.signature(layer.call).parameters.get("training")
+    return parameter is not None and parameter.default is True
 
 
 def as_run(model: keras.Model) -> keras.Model:

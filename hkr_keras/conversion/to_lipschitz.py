@@ -3,7 +3,7 @@
 import functools
 import io
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -22,7 +22,7 @@ from hkr_keras.conversion.rebuilding import Layer, Rebuilder, StandIns, calls_of
 from hkr_keras.geometry import kernel_geometries, overlap
 from hkr_keras.layers.base import LipschitzLayer
 
-__all__ = ["COUNTERPARTS", "Replacement", "to_lipschitz"]
+__all__ = ["COUNTERPARTS", "Replacement", "Row", "convert", "report", "to_lipschitz"]
 
 _k, _a = keras.layers, keras.activations
 
@@ -57,6 +57,8 @@ _PASSING = (_k.Dropout, _k.Identity, _k.Flatten, _k.Reshape, _k.ActivityRegulari
 
 #: A class, a function from the old layer to a new one, or `None` to keep a layer.
 Replacement = type | Callable[[Any], Layer] | None
+#: Of the table of what was done: the name of a layer, its class, and what it is now.
+Row = tuple[str, str, str]
 
 
 def to_lipschitz(
@@ -115,11 +117,26 @@ def to_lipschitz(
     >>> [type(layer).__name__ for layer in converted.layers]
     ['OrthogonalConv2D', 'GroupSort']
     """
+    new, rows, share = convert(model, replace or {}, activation, calibrate)
+    if print_fn is not None:
+        print_fn(report(new, rows, share))
+    return new
+
+
+def convert(
+    model: Any, replace: Mapping[type | str, Replacement], activation: Callable[..., Layer] | None, calibrate: Any
+) -> tuple[keras.Model, list[Row], tuple[int, float] | None]:
+    """What `to_lipschitz` does, without its table.
+
+    Returns:
+        The new model; a row of the table for each layer; with `calibrate`, how many inputs there were and for which
+        share of them the class stays the same.
+    """
     operations = operations_of(model)
-    unknown = [key for key in replace or {} if isinstance(key, str) and key not in {o.name for o in operations}]
+    unknown = [key for key in replace if isinstance(key, str) and key not in {o.name for o in operations}]
     if unknown:
         raise ValueError(f"Expected names of layers of model '{model.name}'. Received: replace={unknown}")
-    plan = _Plan(replace or {}, activation, *_ends(model))
+    plan = _Plan(replace, activation, *_ends(model))
     refused = [reason for operation in operations if (reason := plan.refusal(operation))]
     if refused:
         raise ValueError(
@@ -132,11 +149,8 @@ def to_lipschitz(
         _rescale_offsets(new, plan.old_layers)
     else:
         calibrating.calibrate(new, {old: plan.stand_ins[old][0] for old in plan.replaced}, data)
-    bound = lipschitz_bound(new)
-    if print_fn is not None:
-        share = None if data is None else (len(data[0]), calibrating.agreement(model, new, data))
-        print_fn(_report(plan.rows, new, bound, share))
-    return new
+    lipschitz_bound(new)  # refuses what has none
+    return new, plan.rows, None if data is None else (len(data[0]), calibrating.agreement(model, new, data))
 
 
 def _checked(model: keras.Model, x: Any) -> list[np.ndarray]:
@@ -191,7 +205,7 @@ class _Plan:
         self.stand_ins: dict[Any, StandIns] = {}
         self.old_layers: dict[Layer, Layer] = {}  # by the layer that took over their weights
         self.replaced: list[Layer] = []
-        self.rows: list[tuple[str, str, str]] = []
+        self.rows: list[Row] = []
 
     def refusal(self, operation: Any) -> str | None:
         """Finds what stands for an operation, or tells why nothing can."""
@@ -352,7 +366,9 @@ def _rescale_offsets(model: Any, old_layers: dict[Layer, Layer]) -> None:
     walk(model, [1.0] * len(model.inputs), apply, [tensor.shape for tensor in model.inputs])
 
 
-def _report(rows: list, model: keras.Model, bound: float, share: tuple[int, float] | None) -> str:
+def report(model: keras.Model, rows: Sequence[Row], share: tuple[int, float] | None) -> str:
+    """The table of what was done, for the new model, and what is left to do."""
+    bound = lipschitz_bound(model)
     table = rich.table.Table("layer", "was", "is now", title=f"{model.name}: Lipschitz constant at most {bound:.4g}")
     table.box = rich.box.SIMPLE_HEAD
     for row in rows:
