@@ -41,6 +41,7 @@ def check(found, model, x):
     assert np.isnan(found.adversarial[~reached]).all()
 
 
+@pytest.mark.many
 @pytest.mark.parametrize(("outputs", "attack"), [(1, "DeepFool"), (1, "DDN"), (1, "PGD"), (2, "DeepFool")])
 def test_attacks_reach_the_radius_of_a_linear_model(outputs, attack):
     # The certificate of a linear model is exact, so the nearest change is at the radius. DeepFool goes straight to it;
@@ -68,6 +69,7 @@ def test_accuracies_count_right_predictions_alone():
     assert found.attacked[0] == np.mean((found.distance > epsilon) & found.is_correct)
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("name", [name for name in ATTACKS if not (name == "AutoPGD" and BACKEND == "jax")])
 def test_every_attack_by_name(name):
     model, x = linear(shape=(6, 6, 1)), images()
@@ -131,6 +133,7 @@ def test_a_certificate_of_another_model_is_refuted_at_once():
         evaluate_robustness(model, x, certificate.prediction, [0.1], ["DeepFool"], other, None, verbose=False)
 
 
+@pytest.mark.once
 def test_a_trained_network_lies_between_its_curves():
     data = hkr.datasets.load("digits")
     model = hkr.models.lipschitz_mlp((8, 8, 1), 10, widths=(64,))

@@ -24,6 +24,7 @@ def counts(target, attacks, effort=6):
     return {name: count(target, name, effort) for name in attacks}
 
 
+@pytest.mark.once
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TRAINED)
 def test_certificates_of_trained_models_hold(name):
@@ -32,12 +33,14 @@ def test_certificates_of_trained_models_hold(name):
     assert found == dict.fromkeys(attacks, (4, 0))
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", [name for name in HOSTILE if name.startswith("planted")])
 def test_planted_biases_break_certificates_that_are_not_rigorous(name):
     found = counts(attacked(*HOSTILE[name](8), rigorous=False), OWN)
     assert sum(broken for _, broken in found.values()) > 0
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("name", MODELS)
 def test_rigorous_certificates_hold(name):
     target = attacked(*MODELS[name](4), rigorous=True)
@@ -67,6 +70,7 @@ def patches():
     return model, convolution
 
 
+@pytest.mark.once
 def test_certificates_with_the_mean_overlap_are_broken():
     model, convolution = patches()
     convolution.kernel.assign(convolution.kernel / math.sqrt(MEAN_OVERLAP))  # "norm 1" by the unsound factor
@@ -82,6 +86,7 @@ def test_certificates_with_the_mean_overlap_are_broken():
     assert sound == {"gradient": (6, 0), "boundary": (6, 0)}
 
 
+@pytest.mark.once
 def test_certificates_of_twice_the_radius_are_broken():
     model, x = HOSTILE["linear logits"](3)
     certificate = hkr.certify(model, x, verbose=0)

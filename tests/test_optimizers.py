@@ -175,6 +175,7 @@ PAIRS = {
 }
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("build", [sequences, images])
 @pytest.mark.parametrize("constraint", PAIRS)
 def test_inputs_of_rank_3_and_4_of_unknown_sizes(constraint, build):

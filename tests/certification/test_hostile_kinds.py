@@ -1269,6 +1269,7 @@ DEEP = {
 }
 
 
+@pytest.mark.many
 @cases(DEEP)
 def test_constants_of_a_file_grow_with_its_depth(name, tmp_path):
     """The score is 0 at 0, so that no radius is above the distance of an input from there."""
@@ -1315,7 +1316,7 @@ def test_a_file_that_computes_something_else_is_refused(tmp_path, monkeypatch):
 
 @pytest.mark.skipif("onnx" not in FORMATS, reason="needs ONNX")
 def test_weights_outside_an_onnx_file_are_hashed(tmp_path):
-    import onnx
+    onnx = pytest.importorskip("onnx")
 
     path = tmp_path / "net.onnx"
     hkr.export(sequential((8,), K.Dense(8)), path, "onnx")

@@ -46,6 +46,7 @@ def folder(trained, tmp_path_factory):
     return folder
 
 
+@pytest.mark.many
 @pytest.mark.slow
 @pytest.mark.parametrize("format", FORMATS)
 def test_no_certified_accuracy_is_lost_on_digits(trained, digits, format, tmp_path):

@@ -20,6 +20,7 @@ def sorted_groups(x, n, axis):
     return np.moveaxis(groups.reshape(moved.shape), -1, axis)
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("axis", [-1, 1])
 @pytest.mark.parametrize("n", [2, 3, 4])
 @pytest.mark.parametrize("channels", [12, 120])
@@ -92,6 +93,7 @@ ACTIVATIONS = [
 ]
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("axis", [-1, 1])
 @pytest.mark.parametrize("make", ACTIVATIONS)
 def test_activations_keep_norms_of_inputs_and_gradients(make, axis):

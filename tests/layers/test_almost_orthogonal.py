@@ -59,6 +59,7 @@ def hostile(weight):
     }
 
 
+@pytest.mark.many
 @pytest.mark.parametrize(("cls", "arguments", "shape"), LINEAR, ids=str)
 def test_the_norm_is_at_most_one(cls, arguments, shape):
     layer = built(cls, arguments, shape)
@@ -115,6 +116,7 @@ def test_orthogonal_channels_are_left_alone():
     )
 
 
+@pytest.mark.many
 @pytest.mark.parametrize(("cls", "arguments", "shape"), RESIDUAL, ids=str)
 def test_residual_blocks(cls, arguments, shape):
     layer = built(cls, arguments, shape, bias_initializer=keras.initializers.RandomNormal(seed=1))

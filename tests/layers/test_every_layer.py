@@ -20,6 +20,7 @@ SEQUENCES = [
 ]
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("make", SEQUENCES)
 def test_dynamic_sizes(make):
     layer = make()
@@ -31,6 +32,7 @@ def test_dynamic_sizes(make):
         assert all(known in (None, n) for known, n in zip(model.output_shape, outputs.shape, strict=True))
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
 @pytest.mark.parametrize("make", [*SEQUENCES, lambda: L.L2NormPooling2D(2, padding="same")])
 def test_mixed_precision(make, policy):
@@ -73,6 +75,7 @@ def test_a_model_with_one_of_each_comes_back_from_its_file(tmp_path):
         assert np.array_equal(to_numpy(old), to_numpy(new))
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("make", SEQUENCES)
 def test_layers_train_inside_fit(make):
     model = keras.Sequential([keras.Input((4, 4, 4)), make(), keras.layers.Flatten(), L.LipschitzDense(1)])

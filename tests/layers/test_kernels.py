@@ -177,6 +177,7 @@ EXAMPLES = [
 ]
 
 
+@pytest.mark.many
 @pytest.mark.parametrize(("cls", "arguments", "shape"), EXAMPLES)
 def test_layer_with_bias_and_activation(cls, arguments, shape):
     layer = cls(**arguments, activation="tanh", bias_initializer="ones")
@@ -184,6 +185,7 @@ def test_layer_with_bias_and_activation(cls, arguments, shape):
     check_layer(layer, shape)
 
 
+@pytest.mark.many
 @pytest.mark.parametrize(("cls", "arguments", "shape"), EXAMPLES)
 def test_dynamic_sizes(cls, arguments, shape):
     layer = cls(**arguments, use_bias=False)
@@ -238,12 +240,14 @@ def test_spectral_ball_keeps_small_kernels_small():
     assert operator_norm(layer, (3,)) == pytest.approx(0.03, rel=1e-5)
 
 
+@pytest.mark.many
 @pytest.mark.parametrize(("cls", "arguments", "shape"), EXAMPLES)
 def test_layers_of_equal_shape_start_different(cls, arguments, shape):
     first, second = built(cls, arguments, shape), built(cls, arguments, shape)
     assert np.abs(to_numpy(first.weights[0]) - to_numpy(second.weights[0])).max() > 1e-3
 
 
+@pytest.mark.many
 @pytest.mark.parametrize(("cls", "arguments", "shape"), EXAMPLES)
 def test_mixed_precision_keeps_a_float32_kernel_of_norm_one(cls, arguments, shape):
     layer = built(cls, arguments, shape, dtype="mixed_bfloat16")

@@ -90,6 +90,7 @@ def test_pooling_of_inputs_of_unknown_size(kind):
         assert layer(x).shape == (3, size[0], -(-size[1] // 2), 2)
 
 
+@pytest.mark.many
 @pytest.mark.parametrize(
     ("layer", "shape"),
     [
@@ -136,6 +137,7 @@ def test_masked_steps_count_as_zeros(cls, data_format):
     np.testing.assert_allclose(masked, to_numpy(layer(arrange(x * mask[..., None]))), atol=1e-6)
 
 
+@pytest.mark.many
 @pytest.mark.parametrize(
     ("make", "shape"),
     [
