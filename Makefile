@@ -34,7 +34,7 @@ test: $(VENV)/.installed-test lint docs  ## Lint, documentation, then the whole 
 			--doctest-modules hkr_keras tests; \
 	done
 
-quick: $(VENV)/.installed-test  ## The suite on PyTorch without what is slow, in less than three minutes
+quick: $(VENV)/.installed-test  ## The suite on PyTorch without what is slow
 	KERAS_BACKEND=torch $(QUIET) $(ONE_THREAD) $(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow" \
 		--doctest-modules hkr_keras tests
 
