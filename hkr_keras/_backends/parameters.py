@@ -19,8 +19,9 @@ Tensor = Any
 class Parameter(keras.Variable):
     """A scalar Keras variable for which `read` returns the present value in compiled steps too, on every backend.
 
-    TensorFlow and PyTorch read variables when a step runs. JAX reads them when a step is compiled; so a mutable array
-    (`jax.new_ref`) follows the variable there, or, in versions of JAX without them, the step asks the host.
+    TensorFlow and PyTorch read variables when a step runs. JAX reads them when a step is compiled; so mutable arrays
+    (`jax.new_ref`) follow the variable there, one on the devices of each distribution under which it is read, or, in
+    versions of JAX without them, the step asks the host.
 
     Args:
         value: the first number.
@@ -39,11 +40,8 @@ class Parameter(keras.Variable):
     def __init__(self, value: Any, check: Callable[[Any], float], name: str, dtype: str = "float32") -> None:
         value = check(value)
         super().__init__(value, trainable=False, name=name, dtype=dtype)
-        self._check, self._number, self._reference = check, value, None
-        if keras.backend.backend() == "jax":
-            import jax
-
-            self._reference = jax.new_ref(self.value) if hasattr(jax, "new_ref") else None
+        self._check, self._number = check, value
+        self._references: dict[Any, Any] = {}
 
     @property
     def number(self) -> float:
@@ -65,16 +63,24 @@ class Parameter(keras.Variable):
             value = np.asarray(ops.convert_to_numpy(value)).item()
         self._number = self._check(value)
         result = super().assign(self._number)
-        if self._reference is not None:
-            self._reference[...] = self.value
+        for reference in self._references.values():
+            reference[...] = np.asarray(self._number, self.dtype)
         return result
 
     def read(self) -> Tensor:
         """The present value as a tensor, in a compiled program the one at the time when the program runs."""
         if keras.backend.backend() != "jax":
             return ops.convert_to_tensor(self.value)
-        if self._reference is not None:
-            return self._reference[...]
         import jax
 
-        return jax.pure_callback(lambda: np.asarray(self.number, self.dtype), jax.ShapeDtypeStruct((), self.dtype))
+        if not hasattr(jax, "new_ref"):
+            return jax.pure_callback(lambda: np.asarray(self.number, self.dtype), jax.ShapeDtypeStruct((), self.dtype))
+        distribution = keras.distribution.distribution()
+        if distribution not in self._references:
+            with jax.ensure_compile_time_eval():
+                value = jax.numpy.asarray(self.number, self.dtype)
+                if distribution is not None:
+                    layout = keras.distribution.TensorLayout((), distribution.device_mesh)
+                    value = keras.distribution.distribute_tensor(value, layout)
+                self._references[distribution] = jax.new_ref(value)
+        return self._references[distribution][...]
