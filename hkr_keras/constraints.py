@@ -21,10 +21,7 @@ __all__ = [
     "SpectralBall",
     "UnitNorm",
     "constrained_kernels",
-    "get",
-    "is_deferred",
     "project",
-    "projection",
 ]
 
 _MAX_POLISHING_STEPS = 60

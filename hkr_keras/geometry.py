@@ -13,7 +13,7 @@ from typing import Any
 import keras
 from keras import ops
 
-__all__ = ["Geometry", "flattened_layers", "kernel_geometries", "model_kernels", "overlap", "weight_geometries"]
+__all__ = ["Geometry", "kernel_geometries", "overlap", "weight_geometries"]
 
 Tensor = Any
 

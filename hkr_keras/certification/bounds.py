@@ -32,20 +32,7 @@ from hkr_keras.certification.rules.reshaping import RESHAPING
 from hkr_keras.certification.semidefinite import semidefinite_bound
 from hkr_keras.layers import Scale
 
-__all__ = [
-    "ACTIVATION_BOUNDS",
-    "AffineTail",
-    "LipschitzState",
-    "activation_bound",
-    "constant_of",
-    "joint_constant",
-    "layer_bound",
-    "lipschitz_bound",
-    "merge_bound",
-    "model_inputs",
-    "model_states",
-    "state_through",
-]
+__all__ = ["ACTIVATION_BOUNDS", "activation_bound", "layer_bound", "lipschitz_bound", "merge_bound"]
 
 _TINY = float(np.finfo(np.float64).tiny)
 

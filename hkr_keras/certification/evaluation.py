@@ -12,9 +12,10 @@ import numpy as np
 from hkr_keras._version import __version__
 from hkr_keras.certification import bounds
 from hkr_keras.certification.batches import batches, to_float32
+from hkr_keras.certification.floating_point import LARGEST, SMALLEST_NORMAL, Affine, norms
 from hkr_keras.certification.prediction import Predictor
 from hkr_keras.certification.radii import ROUNDED_DOWN, output_constants, pair_constants, radii, rival_margins
-from hkr_keras.certification.rounding import LARGEST, SMALLEST_NORMAL, Affine, Tracer, norms
+from hkr_keras.certification.rounding import Tracer
 from hkr_keras.geometry import flattened_layers
 
 __all__ = ["Evaluation", "evaluate", "hash_of_model", "versions"]

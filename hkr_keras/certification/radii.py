@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from hkr_keras.certification.bounds import LipschitzState
-from hkr_keras.certification.rounding import Affine
+from hkr_keras.certification.floating_point import Affine
 
 __all__ = ["ROUNDED_DOWN", "decide", "output_constants", "pair_constants", "radii", "rival_margins"]
 

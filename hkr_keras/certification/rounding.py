@@ -25,7 +25,6 @@ from hkr_keras.certification import bounds
 from hkr_keras.certification.bounds import LipschitzState
 from hkr_keras.certification.checks import check_is_itself
 from hkr_keras.certification.floating_point import (
-    LARGEST,
     SMALLEST_NORMAL,
     UNIT_ROUNDOFF,
     Affine,
@@ -40,20 +39,7 @@ from hkr_keras.certification.rules.registry import layer_bound, layer_rounding, 
 from hkr_keras.certification.singular_values import as_float64
 from hkr_keras.geometry import flattened_layers
 
-__all__ = [
-    "LARGEST",
-    "SMALLEST_NORMAL",
-    "UNIT_ROUNDOFF",
-    "Affine",
-    "Rounding",
-    "Trace",
-    "Tracer",
-    "accumulated",
-    "layer_rounding",
-    "merge_rounding",
-    "norms",
-    "relative",
-]
+__all__ = ["UNIT_ROUNDOFF", "Rounding", "accumulated", "layer_rounding", "merge_rounding", "relative"]
 
 _LINEAR, _RELU = keras.activations.linear, keras.activations.relu
 
