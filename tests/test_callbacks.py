@@ -296,7 +296,7 @@ def test_what_is_projected_is_said_once(capsys):
     fit(model, callback)
     fit(model, callback)
     line = (
-        "Orthonormalize projects 1 kernel (critic_0), and leaves alone 3 kernels (generator_1, generator_0, critic_1)."
+        "Orthonormalize projects 1 kernel (critic_0), and leaves alone 3 kernels (critic_1, generator_0, generator_1)."
     )
     assert capsys.readouterr().out == line + "\n"
     fit(model, Orthonormalize())
