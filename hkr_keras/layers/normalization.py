@@ -137,7 +137,7 @@ class BatchCentering(keras.layers.Layer):
             self.bias = self.add_weight(name="bias", shape=(size,), initializer="zeros")
         self.built = True
 
-    def call(self, inputs: Tensor, training: Any = False, mask: Any = None) -> Tensor:
+    def call(self, inputs: Tensor, training: Any = None, mask: Any = None) -> Tensor:
         rank = len(inputs.shape)
         axis = self.axis % rank
         shape = tuple(-1 if i == axis else 1 for i in range(rank))
