@@ -64,6 +64,9 @@ def pytest_addoption(parser):
 
 def pytest_collection_modifyitems(config, items):
     """What is marked `once`, and every docstring, runs on PyTorch; of tables marked `many` others run a part."""
+    addresses = [item.nodeid for item in items if " at 0x" in item.nodeid]
+    if addresses:
+        raise pytest.UsageError(f"Expected names of tests that are the same in every worker. Received: {addresses}")
     backend = keras.backend.backend()
     if backend == "torch" or config.getoption("--everywhere"):
         return
