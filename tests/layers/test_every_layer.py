@@ -53,17 +53,19 @@ def test_a_model_with_one_of_each_comes_back_from_its_file(tmp_path):
     x = L.LipschitzResidual()([x, image])
     x = L.ScaledAveragePooling2D(2)(x)
     series = keras.layers.Reshape((16, 4))(x)
+    volume = keras.layers.Reshape((4, 2, 2, 4))(x)
     outputs = [
         *(L.ScaledGlobalAveragePooling2D()(x), L.GlobalL2NormPooling2D()(x)),
         *(L.ScaledAveragePooling1D(2)(series), L.L2NormPooling1D(2)(series)),
         *(L.ScaledGlobalAveragePooling1D()(series), L.GlobalL2NormPooling1D()(series)),
+        *(L.ScaledAveragePooling3D(2)(volume), L.L2NormPooling3D(2)(volume)),
     ]
     model = keras.Model(image, outputs)
     names = {type(layer).__name__ for layer in model.layers}
     expected = {
         name
         for name in L.__all__
-        if not name.startswith(("LipschitzConv", "LipschitzD", "LipschitzS", "Orthogonal", "AOL", "SLL"))
+        if not name.startswith(("LipschitzConv", "LipschitzD", "LipschitzS", "Orthogonal", "AOL", "SLL", "Reflector"))
     }
     assert expected - {"LipschitzLayer"} <= names
     for i, variable in enumerate(model.weights):
