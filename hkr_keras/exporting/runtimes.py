@@ -174,15 +174,30 @@ class ExportedModel:
 
     def predict(self, x: Any) -> np.ndarray:
         """Outputs of the file for a batch of inputs, float32 arrays (a list of them for several inputs)."""
-        arrays = x if isinstance(x, (list, tuple)) else [x]
-        return np.asarray(self._run([np.asarray(array, dtype=np.float32) for array in arrays]))
+        return np.asarray(self._run([array.astype(np.float32) for array in self._checked(x)]))
+
+    def _checked(self, x: Any) -> list[np.ndarray]:
+        """The inputs as arrays, of the shapes that the constants are about: some runtimes take any other."""
+        arrays = [np.asarray(array) for array in (x if isinstance(x, (list, tuple)) else [x])]
+        known = [each["shape"] for each in self.certificate.inputs]
+        fits = len(arrays) == len(known) and all(
+            array.dtype.kind in "fiub"
+            and array.ndim == len(shape)
+            and all(size in (None, n) for size, n in zip(shape[1:], array.shape[1:], strict=True))
+            for array, shape in zip(arrays, known, strict=True)
+        )
+        if not fits:
+            raise ValueError(
+                f"Expected arrays of numbers of the shapes {known}. Received: x of shapes {[a.shape for a in arrays]}"
+            )
+        return arrays
 
     def certify(self, x: Any) -> Certificate:
         """Predictions and radii, from the outputs of the file and the constants of its certificate.
 
         An input that float32 does not hold exactly loses the distance by which it is rounded.
         """
-        singles, moved = to_float32([np.asarray(array) for array in (x if isinstance(x, (list, tuple)) else [x])])
+        singles, moved = to_float32(self._checked(x))
         outputs = self.predict(singles)
         return self.certificate.of_outputs(outputs.reshape(len(outputs), -1), moved)
 

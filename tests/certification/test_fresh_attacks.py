@@ -145,3 +145,18 @@ def test_epsilon_is_a_number(epsilon):
     model = keras.Sequential([keras.Input((1,)), L.Scale(2.0)])
     with pytest.raises(ValueError, match="finite distance"):
         hkr.certify_outputs(model, np.ones((1, 1)), epsilon=epsilon, verbose=0)
+
+
+def test_edited_poolings_and_unfinished_normalizations_are_refused():
+    pooling = K.AveragePooling1D(4)
+    model = keras.Sequential([keras.Input((8, 1)), pooling])
+    pooling.pool_mode = "max"
+    with pytest.raises(ValueError, match="pool_mode=max"):
+        hkr.lipschitz_bound(model)
+    normalization = K.Normalization()
+    normalization.adapt(np.array([[1.0], [3.0]], "float32"))
+    model = keras.Sequential([keras.Input((1,)), normalization])
+    assert hkr.lipschitz_bound(model) == pytest.approx(1.0)
+    normalization.mean = normalization.mean + 1.0  # as after set_weights without finalize_state
+    with pytest.raises(ValueError, match="finalize_state"):
+        hkr.lipschitz_bound(model)

@@ -56,6 +56,11 @@ def _normalization(layer: Any, shape: Shape) -> Diagonal:
     mean, variance = as_float64(layer.mean), as_float64(layer.variance)
     shape = build_shape(layer) if shape is None else shape
     check_elementwise(layer, [mean, variance], shape)
+    if layer.weights and not (np.array_equal(mean.ravel(), as_float64(layer.adapt_mean).ravel())):
+        raise ValueError(
+            f"Expected a Normalization that computes with its weights: call finalize_state() of '{layer.name}' after "
+            "setting them. Received: mean and weights that differ"
+        )
     if (variance < 0).any():
         raise ValueError(
             f"Expected variances of at least 0. Received: {layer.name} with a variance of {variance.min()}"

@@ -31,13 +31,22 @@ def _spatial_sizes(layer: Any, shape: Shape) -> tuple:
     return tuple(shape[1:-1] if layer.data_format == "channels_last" else shape[2:])
 
 
+def _check_mode(layer: Any, mode: str) -> None:
+    if layer.pool_mode != mode:
+        raise ValueError(
+            f"Expected the mode that the class has, '{mode}'. Received: {layer.name}.pool_mode={layer.pool_mode}"
+        )
+
+
 def _max_pooling(layer: Any, shape: Shape) -> float:
+    _check_mode(layer, "max")
     windows = overlap(layer.pool_size, layer.strides, (1,) * len(layer.pool_size))
     return math.sqrt(windows) * (1 + 2 * MACHINE_EPSILON if windows > 1 else 1)
 
 
 def _average_pooling(layer: Any, shape: Shape) -> float:
     """The norm of the tensor product of one matrix per dimension; for unknown sizes, the largest there is."""
+    _check_mode(layer, "average")
     sizes = _spatial_sizes(layer, shape) if shape else (None,) * len(layer.pool_size)
     return math.prod(
         _average_norm(k, s, n, layer.padding) for k, s, n in zip(layer.pool_size, layer.strides, sizes, strict=True)
