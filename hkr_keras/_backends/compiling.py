@@ -3,6 +3,7 @@
 Imports backends, inside its functions: Keras compiles only what its own training and prediction run.
 """
 
+import functools
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -28,7 +29,9 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     if backend == "tensorflow":
         import tensorflow as tf
 
-        return tf.function(function, autograph=False, reduce_retracing=True)
+        # TensorFlow warns of retracing by the code of a function, as if those of several models were one; but a partial
+        # function has no code and is counted by itself.
+        return tf.function(functools.partial(function), autograph=False, reduce_retracing=True)
     if backend == "jax":
         import jax
 

@@ -26,7 +26,7 @@ def backend_is(name):
     return pytest.mark.skipif(keras.backend.backend() != name, reason=f"replicas of {name}")
 
 
-def run(program, processes=1, timeout=120):
+def run(program, processes=1, timeout=300):
     """What each process reports."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -187,6 +187,20 @@ def known(model):
     return prediction._PREDICTORS[model][1]
 
 
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="TensorFlow counts how often a function is traced")
+def test_many_models_are_not_one_that_is_traced_anew(caplog):
+    import tensorflow
+
+    logger = tensorflow.get_logger()
+    logger.addHandler(caplog.handler)
+    try:
+        for units in range(2, 9):
+            hkr.certify(keras.Sequential([keras.Input((4,)), keras.layers.Dense(units)]), X, verbose=0)
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert "retracing" not in caplog.text
+
+
 @compiles
 def test_a_predictor_lives_through_training(model):
     hkr.certify(model, X, verbose=0)
