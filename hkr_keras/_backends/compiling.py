@@ -4,6 +4,7 @@ Imports backends, inside its functions: Keras compiles only what its own trainin
 """
 
 import functools
+import inspect
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -39,6 +40,17 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+def at_inference(model: keras.Model) -> dict[str, bool]:
+    """`training=False` where `call` has such an argument: `stateless_call` hands all that it is given to it.
+
+    Example:
+
+    >>> at_inference(keras.Sequential([keras.Input((2,))]))
+    {'training': False}
+    """
+    return {"training": False} if "training" in inspect.signature(model.call).parameters else {}
+
+
 def predictor(model: keras.Model) -> Callable[[Any], Any]:
     """The model at inference as one program, which reads the present weights and does not keep the model alive.
 
@@ -58,7 +70,8 @@ def predictor(model: keras.Model) -> Callable[[Any], Any]:
         return reference()
 
     if backend == "jax":  # variables are read outside, since JAX takes them for constants inside
-        call = compiled(lambda own, others, x: present().stateless_call(own, others, x, training=False)[0])
+        inference = at_inference(model)
+        call = compiled(lambda own, others, x: present().stateless_call(own, others, x, **inference)[0])
 
         def predict(x: Any) -> Any:
             variables = present().trainable_variables, present().non_trainable_variables

@@ -11,7 +11,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from hkr_keras._backends.compiling import compiled
+from hkr_keras._backends.compiling import at_inference, compiled
 
 
 def as_function(model: Any) -> Callable:
@@ -34,7 +34,8 @@ def as_function(model: Any) -> Callable:
         )
     if keras.backend.backend() != "jax":
         return compiled(lambda x: model(x, training=False))
-    call = compiled(lambda trainable, others, x: model.stateless_call(trainable, others, x, training=False)[0])
+    inference = at_inference(model)
+    call = compiled(lambda trainable, others, x: model.stateless_call(trainable, others, x, **inference)[0])
 
     def function(x: Any) -> Any:  # variables are read here, since JAX takes them for constants inside
         return call([v.value for v in model.trainable_variables], [v.value for v in model.non_trainable_variables], x)
