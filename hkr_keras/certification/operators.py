@@ -56,7 +56,8 @@ class Diagonal:
     @property
     def bound(self) -> float:
         """Upper bound on the norm."""
-        return _largest(self.numbers) * (1 + self.relative) * _UP
+        largest = _largest(self.numbers)
+        return largest * (1 + self.relative) * _UP if self.relative else largest  # nothing was rounded
 
     def along(self, axis: int) -> np.ndarray | None:
         """The numbers along one axis of an input without the batch, if they depend on nothing else; `(1,)` or more."""
