@@ -2,6 +2,7 @@
 
 import collections
 import os
+import sys
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -19,6 +20,8 @@ def _clean_state():
     policy = keras.config.dtype_policy()
     yield
     keras.config.set_dtype_policy(policy)
+    if "matplotlib.pyplot" in sys.modules:
+        sys.modules["matplotlib.pyplot"].close("all")
 
 
 def _draw_with_numpy() -> None:

@@ -209,6 +209,7 @@ def test_callbacks_are_copied_and_their_logs_kept():
     classifier = small(callbacks=[callback], alpha=7.0, margin=0.2).fit(X_IRIS, Y_IRIS)
     assert callback._model is None
     assert {name: len(values) for name, values in classifier.history_.items()} == {
+        "accuracy": 3,
         "loss": 3,
         "lipschitz_bound": 3,
         "sigma_min": 3,

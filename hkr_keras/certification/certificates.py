@@ -404,7 +404,7 @@ class Verification:
 
 def _check_epsilon(epsilon: Any) -> float:
     if not isinstance(epsilon, numbers.Real) or not 0 <= float(epsilon) < math.inf:
-        raise ValueError(f"Expected a finite distance of at least 0. Received: epsilon={epsilon!r}")
+        raise ValueError(f"Expected a finite distance of at least 0. Received: epsilon={epsilon}")
     return float(epsilon)
 
 

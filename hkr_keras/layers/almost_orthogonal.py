@@ -347,7 +347,7 @@ class SLLConv2D(_Residual):
     def call(self, inputs: Tensor) -> Tensor:
         kernel = ops.cast(self.kernel, self.compute_dtype)
         hidden = ops.relu(ops.conv(inputs, kernel, padding="same", data_format="channels_last") + self.bias)
-        return inputs - 2 * ops.conv_transpose(hidden, kernel, padding="same", data_format="channels_last")
+        return inputs - 2 * ops.conv_transpose(hidden, kernel, strides=1, padding="same", data_format="channels_last")
 
     def as_keras(self, new: PlainLayers, *inputs: Tensor) -> Tensor:
         """A convolution, its adjoint and a sum."""

@@ -295,6 +295,7 @@ def test_what_no_certificate_holds_is_refused(change):
 
 
 def test_results_are_shown_and_tabled(model, tmp_path):
+    pytest.importorskip("pandas")
     certificate = hkr.certify(model, X, verbose=0)
     assert repr(certificate).startswith("Certificate(22 inputs, 3 classes, bound ")
     assert len(repr(certificate)) < 120
