@@ -42,6 +42,8 @@ class Parameter(keras.Variable):
         super().__init__(value, trainable=False, name=name, dtype=dtype)
         self._check, self._number = check, value
         self._references: dict[Any, Any] = {}
+        if keras.backend.backend() == "jax":
+            self.read()  # a mutable array that a transformation makes may not leave it
 
     @property
     def number(self) -> float:

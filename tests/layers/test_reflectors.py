@@ -58,7 +58,9 @@ def test_the_norm_is_at_most_one(units, rank, inputs):
         if learning_rate is not None:
             adam_steps(layer, learning_rate)
         norm = operator_norm(layer, (inputs,))
-        assert norm <= hkr.lipschitz_bound(layer) <= 1 + TOLERANCE
+        bound = hkr.lipschitz_bound(layer)  # of the kernel as float32 composes it, eagerly
+        assert norm <= bound * (1 + 1e-6)  # the layer computes in float32, compiled
+        assert bound <= 1 + TOLERANCE
         assert norm > 0.99
 
 
