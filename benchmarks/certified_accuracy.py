@@ -3,40 +3,48 @@
     KERAS_BACKEND=tensorflow python benchmarks/certified_accuracy.py --dataset fashion_mnist --model cnn_orthogonal \\
         --loss log_sum_exp_hkr --alpha 50 --margin 0.5 --optimizer stiefel_muon --rate 0.02 --json results.jsonl
 
-CIFAR-10 wants a larger network, images mirrored and moved, and an accelerator. The recipe was tried on noise alone:
+Settings with names are in `RECIPES`; any option changes them. Choose with `--held-out`, read the test set once:
 
-    KERAS_BACKEND=jax python benchmarks/certified_accuracy.py --dataset cifar10 --model resnet --loss crossentropy \\
-        --temperature 10 --margin 0.35 --optimizer stiefel_muon --rate 0.02 --flip --shift 4 --epochs 60 --batch 256
+    KERAS_BACKEND=torch python benchmarks/certified_accuracy.py --recipe mnist --data mnist.npz --held-out
+    KERAS_BACKEND=jax python benchmarks/certified_accuracy.py --recipe cifar10_gpu --data cifar10.npz --save out.keras
+
+The second is for one large GPU and ends by the clock (`--minutes`). With JAX, products are in full float32 unless
+`JAX_DEFAULT_MATMUL_PRECISION` says otherwise: TF32 would void the certificates.
 """
 
 import argparse
-import dataclasses
-import functools
 import json
+import math
 import os
-import platform
+import pathlib
 import time
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")  # TF32 would void the certificates
 
 import keras
 import numpy as np
+from keras import ops
 from rich.console import Console
 from rich.table import Table
+from timing import machine, versions
 
 import hkr_keras as hkr
 
+HERE = pathlib.Path(__file__).parent
 EPSILONS = (36 / 255, 0.25, 0.5, 1.0)
+CNN = "16 16 P 32 32 P F 64"
 MODELS = {
-    "mlp": hkr.models.lipschitz_mlp,
-    "mlp_wide": functools.partial(hkr.models.lipschitz_mlp, widths=(1024, 256)),
-    "cnn": hkr.models.lipschitz_cnn,
-    "cnn_orthogonal": functools.partial(hkr.models.lipschitz_cnn, orthogonal=True),
-    "cnn_wide": functools.partial(hkr.models.lipschitz_cnn, filters=(32, 64), width=256, orthogonal=True),
-    "resnet": hkr.models.lipschitz_resnet,
+    "mlp": "F 256 128 64",
+    "mlp_wide": "F 1024 256",
+    "cnn": "",
+    "cnn_orthogonal": CNN,
+    "cnn_wide": "32 32 P 64 64 P F 256",
+    "resnet": "",
 }
 LOSSES = {
     "hkr": lambda o: hkr.losses.MulticlassHKR(o.alpha, o.margin),
+    "binary_hkr": lambda o: hkr.losses.HKR(o.alpha, o.margin),
     "soft_hkr": lambda o: hkr.losses.SoftHKR(o.alpha, o.margin),
     "log_sum_exp_hkr": lambda o: hkr.losses.LogSumExpHKR(o.alpha, o.margin),
     "crossentropy": lambda o: hkr.losses.MarginCrossentropy(o.temperature, o.margin),
@@ -47,181 +55,326 @@ OPTIMIZERS = {
     "stiefel_muon": hkr.optimizers.StiefelMuon,
 }
 
+CIFAR10 = {
+    "dataset": "cifar10",
+    "layers": "P 32 32 P 64 64 P F 256",
+    "head": "orthonormal",
+    "loss": "crossentropy",
+    "temperature": 8.0,
+    "margin": 0.4,
+    "optimizer": "stiefel_muon",
+    "rate": 0.03,
+    "batch": 512,
+    "flip": True,
+    "shift": 2,
+    "epsilons": [36 / 255, 72 / 255, 108 / 255],
+}
+MNIST = {
+    "dataset": "mnist",
+    "layers": "F 512 512",
+    "head": "orthonormal",
+    "loss": "log_sum_exp_hkr",
+    "alpha": 50.0,
+    "margin": 1.5,
+    "optimizer": "stiefel_muon",
+    "rate": 0.03,
+    "batch": 1024,
+    "epochs": 20,
+    "epsilons": [0.1, 0.3, 1.0, 1.58],
+}
+FASHION_MNIST = {
+    "dataset": "fashion_mnist",
+    "model": "cnn_orthogonal",
+    "head": "orthonormal",
+    "loss": "crossentropy",
+    "temperature": 10.0,
+    "margin": 0.7,
+    "optimizer": "stiefel_muon",
+    "rate": 0.02,
+}
+RECIPES = {
+    "mnist": MNIST | {"loss": "crossentropy", "temperature": 10.0, "margin": 0.8},
+    "mnist_far": MNIST,
+    "fashion_mnist": FASHION_MNIST,
+    "fashion_mnist_long": FASHION_MNIST
+    | {"layers": "F 1024 256", "margin": 0.65, "rate": 0.03, "epochs": 100, "batch": 1024}
+    | {"flip": True, "blend": 1.0, "contrast": 0.3},
+    "cifar10": CIFAR10 | {"epochs": 12},
+    "cifar10_gpu": CIFAR10 | {"layers": "P 128 128 128 P 256 256 256 P 512 512 F 512", "minutes": 5.5, "shift": 4},
+    "smiles": {
+        "dataset": "smiles",
+        "layers": "F 512 256",
+        "loss": "binary_hkr",
+        "alpha": 20.0,
+        "margin": 0.5,
+        "optimizer": "stiefel_muon",
+        "rate": 0.03,
+        "batch": 256,
+        "epochs": 8,
+        "flip": True,
+    },
+}
 
-def flipped(x, rng):
-    """Every second image mirrored, by chance."""
-    mirror = rng.random(len(x)) < 0.5
-    return np.where(mirror[:, None, None, None], x[:, :, ::-1], x)
+
+def network(options, shape, classes: int) -> keras.Sequential:
+    """The layers of `--layers` (or of `--model`), and a head.
+
+    Numbers are orthogonal 3 x 3 convolutions, behind `F` dense layers, each with GroupSort(2); `P` is invertible
+    down-sampling, `F` flattens.
+    """
+    head, outputs = HEADS[options.head](), 1 if options.loss == "binary_hkr" else classes
+    if not options.layers and options.model in ("cnn", "resnet"):
+        build = {"cnn": hkr.models.lipschitz_cnn, "resnet": hkr.models.lipschitz_resnet}[options.model]
+        return build(shape, outputs, head_constraint=head)
+    model, flat = keras.Sequential([keras.Input(shape)]), False
+    for name in (options.layers or MODELS[options.model]).split():
+        if name == "P":
+            model.add(hkr.layers.InvertibleDownsampling2D(2))
+        elif name == "F":
+            model.add(keras.layers.Flatten())
+            flat = True
+        else:
+            size = int(name)
+            convolution = hkr.layers.OrthogonalConv2D
+            model.add(hkr.layers.LipschitzDense(size) if flat else convolution(size, 3, padding="same"))
+            model.add(hkr.layers.GroupSort(2))
+    model.add(hkr.layers.LipschitzDense(outputs, kernel_constraint=head))
+    return model
 
 
-def shifted(x, pixels: int, rng):
-    """Images moved by up to some pixels, zeros coming in."""
-    padded = np.pad(x, ((0, 0), (pixels, pixels), (pixels, pixels), (0, 0)))
-    moves = rng.integers(0, 2 * pixels + 1, (len(x), 2))
-    return np.stack([p[i : i + x.shape[1], j : j + x.shape[2]] for p, (i, j) in zip(padded, moves, strict=True)])
+class Images(keras.layers.Layer):
+    """The training images with these numbers; they are kept on the device, as bytes where they are bytes."""
 
-
-def blended(x, most: float, rng):
-    """Images moved by a part of a pixel: mixed with up to `most` of themselves one pixel aside, in eight directions."""
-    moves = [(i, j) for i in (-1, 0, 1) for j in (-1, 0, 1) if i or j]
-    moved = np.stack(
-        [np.roll(image, moves[k], (0, 1)) for image, k in zip(x, rng.integers(8, size=len(x)), strict=True)]
-    )
-    return x + (most * rng.random((len(x), 1, 1, 1))).astype(x.dtype) * (moved - x)
-
-
-def contrasted(x, most: float, rng):
-    """Images times a random factor between `1 - most` and `1 + most`."""
-    return x * rng.uniform(1 - most, 1 + most, (len(x), 1, 1, 1)).astype(x.dtype)
-
-
-class Augmented(keras.utils.PyDataset):
-    """Batches in random order; `changes` are functions of images and a random generator, applied in turn."""
-
-    def __init__(self, x, y, batch_size: int, changes, seed: int):
+    def __init__(self, images: np.ndarray):
         super().__init__()
-        self.x, self.y, self.batch_size, self.changes = x, y, batch_size, changes
-        self.rng = np.random.default_rng(seed)
+        bytes_ = np.rint(255 * images)
+        whole = images.min() >= 0 and images.max() <= 1 and np.abs(bytes_ - 255 * images).max() < 1e-3
+        self.factor, stored = (1 / 255, bytes_.astype("uint8")) if whole else (1.0, images)
+        self.images = self.add_weight(
+            shape=stored.shape, dtype=stored.dtype.name, initializer=lambda *a, **k: stored, trainable=False
+        )
+
+    def call(self, rows):
+        return self.factor * ops.cast(ops.take(self.images, rows, axis=0), "float32")
+
+
+def moved(x, moves, most: int):
+    """Images `(n, height, width, channels)` moved by `(n, 2)` whole pixels of at most `most`, zeros coming in."""
+    for axis in (1, 2):
+        padding = [(most, most) if a == axis else (0, 0) for a in range(4)]
+        rows = ops.arange(x.shape[axis])[None] + moves[:, axis - 1, None] + most
+        rows = ops.expand_dims(rows, (2, 3) if axis == 1 else (1, 3))
+        x = ops.take_along_axis(ops.pad(x, padding), ops.broadcast_to(rows, ops.shape(x)), axis=axis)
+    return x
+
+
+class Augmented(keras.layers.Layer):
+    """Images moved by up to `shift` pixels, by up to `blend` of a pixel, and times 1 -+ `contrast`, by chance."""
+
+    def __init__(self, shift: int, blend: float, contrast: float, seed: int):
+        super().__init__()
+        self.shift, self.blend, self.contrast = shift, blend, contrast
+        self.seed = keras.random.SeedGenerator(seed)
+
+    def call(self, x):
+        n = ops.shape(x)[0]
+        if self.shift:
+            x = moved(x, keras.random.randint((n, 2), -self.shift, self.shift + 1, seed=self.seed), self.shift)
+        if self.blend:
+            aside = moved(x, keras.random.randint((n, 2), -1, 2, seed=self.seed), 1)
+            x = x + keras.random.uniform((n, 1, 1, 1), 0, self.blend, seed=self.seed) * (aside - x)
+        if self.contrast:
+            x = x * keras.random.uniform((n, 1, 1, 1), 1 - self.contrast, 1 + self.contrast, seed=self.seed)
+        return x
+
+
+class Batches(keras.utils.PyDataset):
+    """Numbers of training inputs, and their labels, in random order."""
+
+    def __init__(self, labels: np.ndarray, batch_size: int, seed: int):
+        super().__init__()
+        self.labels, self.batch_size, self.rng = labels, batch_size, np.random.default_rng(seed)
         self.on_epoch_end()
 
     def __len__(self):
-        return len(self.x) // self.batch_size
+        return len(self.labels) // self.batch_size
 
     def __getitem__(self, index):
         rows = self.order[index * self.batch_size : (index + 1) * self.batch_size]
-        x = self.x[rows]
-        for change in self.changes:
-            x = change(x, self.rng)
-        return x, self.y[rows]
+        return rows, self.labels[rows]
 
     def on_epoch_end(self):
-        self.order = self.rng.permutation(len(self.x))
+        self.order = self.rng.permutation(len(self.labels)).astype("int32")
 
 
-def changes(options) -> list:
-    """The augmentations that the options ask for."""
-    found = [flipped] if options.flip else []
-    for change, most in ((shifted, options.shift), (blended, options.blend), (contrasted, options.contrast)):
-        if most:
-            found.append(lambda x, rng, change=change, most=most: change(x, most, rng))
-    return found
+class Minutes(keras.callbacks.Callback):
+    """A cosine decay of the learning rate against the clock, behind an epoch of warm-up; ends the training in time."""
+
+    def __init__(self, minutes: float, rate: float):
+        super().__init__()
+        self.end, self.rate = time.perf_counter() + 60 * minutes, rate
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.now = time.perf_counter()
+        if epoch == 1:  # the first one compiled
+            self.start = self.now
+        share = (self.now - self.start) / (self.end - self.start) if epoch else 0.0
+        rate = self.rate * (0.5 + 0.5 * math.cos(math.pi * share) if epoch else 0.2)
+        self.model.optimizer.learning_rate.assign(rate)
+
+    def on_epoch_end(self, epoch, logs=None):
+        now = time.perf_counter()
+        text = f"epoch {epoch + 1}: {now - self.now:.1f} s, {self.end - now:.0f} s left, loss {float(logs['loss']):.4f}"
+        print(text, flush=True)
+        self.model.stop_training = bool(now + 1.1 * (now - self.now) > self.end) and (epoch > 0 or now > self.end)
 
 
-def attacked_accuracy(model, certificate, data, count: int, steps: int) -> dict[str, float]:
-    """Accuracy under attack, of the first inputs: right, and not broken by any attack within epsilon."""
-    from break_certificates import ATTACKS, Target, is_broken
+def held_out(data: hkr.datasets.Dataset) -> hkr.datasets.Dataset:
+    """A tenth of the training inputs in place of the test set, on which settings may be chosen."""
+    order = np.random.default_rng(0).permutation(len(data.x_train))
+    out, kept = order[: len(order) // 10], order[len(order) // 10 :]
+    return hkr.datasets.Dataset(
+        name=data.name,
+        classes=data.classes,
+        x_train=data.x_train[kept],
+        y_train=data.y_train[kept],
+        x_test=data.x_train[out],
+        y_test=data.y_train[out],
+    )
 
-    x, right = data.x_test[:count].astype("float32"), certificate.is_correct(data.y_test)[:count]
-    found = {}
-    for epsilon in EPSILONS:
-        target = Target(model, x, np.full(len(x), epsilon), certificate.prediction[:count])
-        broken = np.zeros(len(x), dtype=bool)
-        for name in ("PGD", "DeepFool", "DDN"):
-            for points in ATTACKS[name](target, steps):
-                broken |= is_broken(target, points)
-        if (broken & (certificate.radius[:count] >= epsilon)).any():
-            raise RuntimeError(f"A certificate was broken at epsilon={epsilon}")
-        found[f"{epsilon:.3g}"] = float((right & ~broken).mean())
-    return found
+
+def training_model(options, model: keras.Model, images: np.ndarray) -> keras.Model:
+    """The network behind its training images and what changes them: it takes their numbers."""
+    parts = [keras.Input((), dtype="int32"), Images(images)]
+    if options.flip:
+        parts.append(keras.layers.RandomFlip("horizontal", seed=options.seed))
+    if options.shift or options.blend or options.contrast:
+        parts.append(Augmented(options.shift, options.blend, options.contrast, options.seed))
+    return keras.Sequential([*parts, model])
 
 
 def run(options) -> dict:
     """Trains and certifies; the figures of one line."""
     keras.utils.set_random_seed(options.seed)
-    data = hkr.datasets.load(options.dataset, 0)
-    if options.train:
-        data = dataclasses.replace(data, x_train=data.x_train[: options.train], y_train=data.y_train[: options.train])
-    model = MODELS[options.model](data.x_train.shape[1:], data.classes, head_constraint=HEADS[options.head]())
-    steps = options.epochs * (len(data.x_train) // options.batch)
-    schedule = keras.optimizers.schedules.CosineDecay(
-        options.rate / 20, steps, warmup_target=options.rate, warmup_steps=max(1, steps // 20)
-    )
-    model.compile(OPTIMIZERS[options.optimizer](schedule), loss=LOSSES[options.loss](options))
-    batches = Augmented(data.x_train, data.y_train, options.batch, changes(options), options.seed)
+    data = hkr.datasets.load(options.data or options.dataset, 0)
+    data = held_out(data) if options.held_out else data
+    x_train, y_train = data.x_train[: options.train], data.y_train[: options.train]
+    model = network(options, x_train.shape[1:], data.classes)
+    trainer = training_model(options, model, x_train)
+    batches, rate, callbacks = Batches(y_train, options.batch, options.seed), options.rate, []
+    if options.minutes:
+        callbacks.append(Minutes(options.minutes, rate))
+    else:
+        steps = options.epochs * len(batches)
+        rate = keras.optimizers.schedules.CosineDecay(
+            rate / 20, steps, warmup_target=rate, warmup_steps=max(1, steps // 20)
+        )
+    average = {"use_ema": True, "ema_momentum": options.average} if options.average else {}
+    trainer.compile(OPTIMIZERS[options.optimizer](rate, **average), loss=LOSSES[options.loss](options))
     start, start_cpu = time.perf_counter(), time.process_time()
-    model.fit(batches, epochs=options.epochs, verbose=options.verbose, callbacks=[hkr.callbacks.Orthonormalize()])
+    epochs = 10**6 if options.minutes else options.epochs
+    verbose = 0 if options.minutes else options.verbose
+    callbacks.append(hkr.callbacks.Orthonormalize())
+    print(f"{len(y_train)} training inputs, {model.count_params():,} parameters", flush=True)
+    history = trainer.fit(batches, epochs=epochs, verbose=verbose, callbacks=callbacks)
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - start_cpu
+    if options.save:
+        model.save(options.save)
     certificate = hkr.certify(model, data.x_test, batch_size=512, verbose=0)
-    backend = keras.backend.backend()
+    unsaid = ("json", "verbose", "attack", "train", "data", "save", "epsilons")
     result = {
         "library": f"hkr_keras {hkr.__version__}",
-        **{name: value for name, value in vars(options).items() if name not in ("json", "verbose", "attack", "train")},
-        "backend": backend,
-        "machine": f"{os.cpu_count()} x {platform.machine()}",
-        "versions": f"Keras {keras.__version__}, {backend} {__import__(backend).__version__}, "
-        f"Python {platform.python_version()}",
+        **{name: value for name, value in vars(options).items() if name not in unsaid},
+        "epochs": len(history.epoch),
+        "backend": keras.backend.backend(),
+        "machine": machine(),
+        "versions": versions(),
         "parameters": model.count_params(),
         "seconds": round(seconds, 1),
         "cpu_seconds": round(cpu_seconds, 1),
         "bound": certificate.bound,
         "clean": certificate.accuracy(data.y_test),
-        **{f"certified_{e:.3g}": certificate.accuracy(data.y_test, e) for e in EPSILONS},
+        **{f"certified_{e:.3g}": certificate.accuracy(data.y_test, e) for e in options.epsilons},
         "mean_radius": certificate.mean_radius(data.y_test),
     }
     if options.attack:
-        found = attacked_accuracy(model, certificate, data, options.attack, steps=20)
-        result |= {f"attacked_{epsilon}": value for epsilon, value in found.items()}
+        few = slice(options.attack)
+        found = hkr.attacks.evaluate_robustness(
+            model, data.x_test[few], data.y_test[few], options.epsilons, certificate=certificate[few], verbose=False
+        )
+        result |= {f"attacked_{e:.3g}": float(value) for e, value in zip(options.epsilons, found.attacked, strict=True)}
     return result
 
 
-def show(results: list[dict]) -> None:
-    """Prints the table of some results."""
-    table = Table(
-        title=f"Certified accuracy, percent; {os.cpu_count()} x {platform.machine()}, Keras {keras.__version__}"
+def show(result: dict) -> None:
+    """Prints the figures as a table of one row."""
+    shares = [name for name in result if name == "clean" or name.startswith(("certified_", "attacked_"))]
+    weights = (
+        f"temperature {result['temperature']:g}" if result["loss"] == "crossentropy" else f"alpha {result['alpha']:g}"
     )
-    columns = ["clean", *(f"certified_{e:.3g}" for e in EPSILONS), *(f"attacked_{e:.3g}" for e in EPSILONS)]
-    columns = [name for name in columns if any(name in result for result in results)]
-    for name in (
-        "data",
-        "model",
-        "loss",
-        "optimizer",
-        "epochs",
-        "s",
-        *(c.replace("_", " ") for c in columns),
-        "mean radius",
-    ):
-        table.add_column(name, justify="right" if name not in ("data", "model", "loss", "optimizer") else "left")
-    for r in results:
-        weights = f"temperature {r['temperature']:g}" if r["loss"] == "crossentropy" else f"alpha {r['alpha']:g}"
-        table.add_row(
-            *(r["dataset"], r["model"], f"{r['loss']}, {weights}, margin {r['margin']:g}"),
-            *(f"{r['optimizer']} {r['rate']:g}", str(r["epochs"])),
-            *(
-                f"{r['seconds']:.0f}",
-                *(f"{100 * r[c]:.1f}" if c in r else "" for c in columns),
-                f"{r['mean_radius']:.3f}",
-            ),
-        )
+    row = {
+        "data": result["dataset"] + (", held-out images" if result["held_out"] else ""),
+        "network": result["layers"] or MODELS[result["model"]] or result["model"],
+        "loss": f"{result['loss']}, {weights}, margin {result['margin']:g}",
+        "optimizer": f"{result['optimizer']} {result['rate']:g}",
+        "epochs": str(result["epochs"]),
+        "CPU s": f"{result['cpu_seconds']:.0f}",
+        **{name.replace("_", " "): f"{100 * result[name]:.1f}" for name in shares},
+        "mean radius": f"{result['mean_radius']:.3f}",
+    }
+    table = Table(*row, title=f"Certified accuracy, percent; {result['machine']}, {result['versions']}")
+    table.add_row(*row.values())
     Console(width=200).print(table)
 
 
-def main() -> None:
-    """Runs one recipe, or shows stored results."""
+def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The options of a command line: those of the recipe, unless others are given."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dataset", choices=("digits", "mnist", "fashion_mnist", "cifar10"), default="fashion_mnist")
+    parser.add_argument("--recipe", choices=RECIPES, help="settings, which the options below change")
+    parser.add_argument("--data", help="an .npz file of x_train, y_train, x_test, y_test, in place of a download")
+    parser.add_argument("--held-out", action="store_true", help="measure on a tenth of the training inputs, kept apart")
+    parser.add_argument("--save", help="store the network in this file")
+    parser.add_argument(
+        "--dataset", default="fashion_mnist", help="digits, mnist, fashion_mnist, cifar10, or a name for --data"
+    )
     parser.add_argument("--model", choices=MODELS, default="cnn_orthogonal")
+    parser.add_argument("--layers", default="", help="in place of --model, such as 'P 32 32 P F 256'")
     parser.add_argument("--head", choices=HEADS, default="unit_norm", help="the constraint of its kernel")
     parser.add_argument("--loss", choices=LOSSES, default="hkr")
     parser.add_argument("--alpha", type=float, default=50.0)
     parser.add_argument("--margin", type=float, default=0.5)
     parser.add_argument("--temperature", type=float, default=10.0)
     parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--minutes", type=float, default=0.0, help="train for so long, in place of --epochs")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adam")
     parser.add_argument("--rate", type=float, default=3e-3)
+    parser.add_argument(
+        "--average", type=float, default=0.0, help="momentum of a moving average of the weights, 0 for none"
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--flip", action="store_true", help="mirror images by chance")
+    parser.add_argument("--flip", action=argparse.BooleanOptionalAction, default=False, help="mirror images by chance")
     parser.add_argument("--shift", type=int, default=0, help="move images by up to this many pixels")
     parser.add_argument("--blend", type=float, default=0.0, help="move images by up to this part of a pixel")
     parser.add_argument("--contrast", type=float, default=0.0, help="scale images by up to 1 -+ this")
     parser.add_argument("--train", type=int, help="use the first training inputs only")
     parser.add_argument("--attack", type=int, default=0, help="attack this many test inputs with foolbox")
+    parser.add_argument("--epsilons", type=float, nargs="+", default=list(EPSILONS))
     parser.add_argument("--verbose", default=2, type=int)
     parser.add_argument("--json", help="append the figures to this file, one JSON object per line")
-    options = parser.parse_args()
+    parser.set_defaults(**RECIPES.get(parser.parse_known_args(arguments)[0].recipe, {}))
+    options = parser.parse_args(arguments)
+    if options.epochs != parser.get_default("epochs") and options.minutes == parser.get_default("minutes"):
+        options.minutes = 0.0  # --epochs alone
+    return options
+
+
+def main() -> None:
+    """Runs one recipe."""
+    options = parsed()
     result = run(options)
-    show([result])
+    show(result)
+    print(json.dumps(result))
     if options.json:
         with open(options.json, "a") as file:
             print(json.dumps(result), file=file)

@@ -1,6 +1,5 @@
 """The benchmark scripts, in little: they run, and their figures are of the right kind."""
 
-import argparse
 import inspect
 import io
 import itertools
@@ -28,34 +27,12 @@ from hkr_keras import linalg, margins
 
 pytestmark = pytest.mark.once
 
-OPTIONS = {
-    "dataset": "digits",
-    "model": "mlp",
-    "head": "unit_norm",
-    "loss": "hkr",
-    "alpha": 50.0,
-    "margin": 0.5,
-    "temperature": 10.0,
-    "epochs": 1,
-    "batch": 32,
-    "optimizer": "adam",
-    "rate": 1e-2,
-    "seed": 0,
-    "flip": False,
-    "shift": 0,
-    "blend": 0.0,
-    "contrast": 0.0,
-    "train": None,
-    "attack": 0,
-    "verbose": 0,
-    "json": None,
-}
+OPTIONS = ["--dataset=digits", "--model=mlp", "--epochs=1", "--batch=32", "--rate=1e-2", "--verbose=0"]
 
 
 def test_certified_accuracy(tmp_path, monkeypatch, capsys):
     out = tmp_path / "results.jsonl"
-    arguments = ["--dataset", "digits", "--model", "mlp", "--epochs", "1", "--batch", "32", "--rate", "1e-2"]
-    monkeypatch.setattr(sys, "argv", ["certified_accuracy.py", *arguments, "--verbose", "0", "--json", str(out)])
+    monkeypatch.setattr(sys, "argv", ["certified_accuracy.py", *OPTIONS, "--json", str(out)])
     certified_accuracy.main()
     assert "certified 0.141" in capsys.readouterr().out
     (result,) = [json.loads(line) for line in out.read_text().splitlines()]
@@ -63,28 +40,62 @@ def test_certified_accuracy(tmp_path, monkeypatch, capsys):
     assert result["dataset"] == "digits"
 
 
-def test_attacked_accuracy_lies_between():
-    options = argparse.Namespace(**{**OPTIONS, "attack": 8, "shift": 1, "flip": True, "blend": 0.5, "contrast": 0.2})
-    result = certified_accuracy.run(options)
+def test_attacked_accuracy_is_above_the_certified_one(tmp_path):
+    options = [*OPTIONS, "--attack=8", "--shift=1", "--flip", "--blend=0.5", "--contrast=0.2", "--held-out"]
+    result = certified_accuracy.run(certified_accuracy.parsed([*options, f"--save={tmp_path / 'model.keras'}"]))
     for epsilon in ("0.141", "0.25", "0.5", "1"):
         assert 0 <= result[f"attacked_{epsilon}"] <= 1
+    model = keras.models.load_model(tmp_path / "model.keras")
+    x, y = (getattr(certified_accuracy.held_out(hkr.datasets.load("digits")), name) for name in ("x_test", "y_test"))
+    assert hkr.certify(model, x, verbose=0).accuracy(y) == result["clean"]
+
+
+def test_held_out_inputs_are_a_tenth_of_the_training_inputs():
+    data = hkr.datasets.load("digits")
+    parts = certified_accuracy.held_out(data)
+    assert len(parts.x_test) == len(data.x_train) // 10
+    together = np.concatenate([parts.x_train, parts.x_test])
+    assert np.array_equal(np.sort(together.sum((1, 2, 3))), np.sort(data.x_train.sum((1, 2, 3))))
+
+
+@pytest.mark.parametrize("name", certified_accuracy.RECIPES)
+def test_recipes_build_networks_for_their_data(name):
+    options = certified_accuracy.parsed([f"--recipe={name}", "--seed=3"])
+    shape = {"cifar10": (32, 32, 3), "smiles": (64, 64, 1)}.get(options.dataset, (28, 28, 1))
+    assert options.seed == 3
+    assert certified_accuracy.parsed([f"--recipe={name}", "--epochs=2"]).minutes == 0
+    if name != "cifar10_gpu":  # large
+        outputs = 1 if options.loss == "binary_hkr" else 10
+        assert certified_accuracy.network(options, shape, 10).output_shape == (None, outputs)
+
+
+def test_training_by_the_clock_ends_in_time():
+    result = certified_accuracy.run(certified_accuracy.parsed([*OPTIONS, "--minutes=0.02"]))
+    assert result["epochs"] >= 1
+    assert result["seconds"] < 20
 
 
 def test_augmentation_moves_and_mirrors():
+    keras.utils.set_random_seed(0)
     x = np.zeros((64, 5, 5, 1), "float32")
     x[:, 2, 1] = 1.0
-    rng = np.random.default_rng(0)
-    mirrored = certified_accuracy.flipped(x, rng)
-    assert set(np.argwhere(mirrored[..., 0])[:, 2].tolist()) == {1, 3}
-    moved = certified_accuracy.shifted(x, 1, rng)
-    assert moved.shape == x.shape
-    assert set(np.argwhere(moved[..., 0])[:, 1].tolist()) == {1, 2, 3}
-    blended = certified_accuracy.blended(x, 0.5, rng)
-    assert blended.dtype == x.dtype
-    np.testing.assert_allclose(blended.sum((1, 2, 3)), 1, rtol=1e-6)
-    assert np.all(blended[:, 2, 1, 0] >= 0.5)
-    assert len({tuple(place) for place in np.argwhere(blended[..., 0])[:, 1:].tolist()}) == 9
-    factors = certified_accuracy.contrasted(x, 0.2, rng)[:, 2, 1, 0]
+
+    def changed(**values):
+        options = certified_accuracy.parsed([f"--{name}={value}" for name, value in values.items()])
+        options.flip = not values
+        model = certified_accuracy.training_model(options, keras.layers.Identity(), x)
+        return keras.ops.convert_to_numpy(model(np.arange(64, dtype="int32"), training=True))[..., 0]
+
+    assert set(np.argwhere(changed())[:, 2].tolist()) == {1, 3}
+    moved = changed(shift=1)
+    assert {tuple(place) for place in np.argwhere(moved)[:, 1:].tolist()} == {
+        (i, j) for i in (1, 2, 3) for j in range(3)
+    }
+    blended = changed(blend=0.5)
+    np.testing.assert_allclose(blended.sum((1, 2)), 1, rtol=1e-6)
+    assert np.all(blended[:, 2, 1] >= 0.5)
+    assert len({tuple(place) for place in np.argwhere(blended)[:, 1:].tolist()}) == 9
+    factors = changed(contrast=0.2)[:, 2, 1]
     assert 0.8 <= factors.min() < 0.9 < 1.1 < factors.max() <= 1.2
 
 
@@ -163,9 +174,8 @@ def test_the_recipe_of_colour_images_runs(monkeypatch):
     x, y = rng.random((64, 8, 8, 3), dtype="float32"), rng.integers(0, 10, 64)
     data = hkr.datasets.Dataset(name="cifar10", x_train=x, y_train=y, x_test=x[:32], y_test=y[:32], classes=10)
     monkeypatch.setattr(hkr.datasets, "load", lambda name, seed: data)
-    recipe = {"dataset": "cifar10", "model": "cnn_orthogonal", "loss": "crossentropy", "margin": 0.35, "rate": 0.02}
-    augmentation = {"optimizer": "stiefel_muon", "flip": True, "shift": 2}
-    result = certified_accuracy.run(argparse.Namespace(**{**OPTIONS, **recipe, **augmentation}))
+    arguments = ["--recipe=cifar10", "--layers=P 8 P F 16", "--epochs=1", "--batch=32", "--verbose=0"]
+    result = certified_accuracy.run(certified_accuracy.parsed(arguments))
     assert result["certified_0.141"] <= result["clean"]
     assert result["bound"] < 1.5
 
@@ -278,7 +288,6 @@ def test_networks_of_the_step_cost_have_equal_sizes(name):
 
 
 def test_step_cost_with_projections_every_few_steps(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(step_cost, "SAMPLES", 32)
     monkeypatch.setitem(step_cost.NETWORKS, "mlp", little)
     projected = []
     projection = hkr.constraints.projection
@@ -289,7 +298,20 @@ def test_step_cost_with_projections_every_few_steps(tmp_path, monkeypatch, capsy
 
     monkeypatch.setattr(hkr.constraints, "projection", counted)
     out, image = tmp_path / "cost.jsonl", tmp_path / "overhead.png"
-    arguments = ("--only", "mlp", "--batch", 4, "--rounds", 1, "--every", 3, "--optimizer", "stiefel_muon")
+    arguments = (
+        "--only",
+        "mlp",
+        "--batch",
+        4,
+        "--rounds",
+        1,
+        "--every",
+        3,
+        "--optimizer",
+        "stiefel_muon",
+        "--samples",
+        32,
+    )
     run_main(step_cost, monkeypatch, *arguments, "--json", out, "--plot", image)
     assert "optimizer stiefel_muon, jit auto, every 3" in " ".join(capsys.readouterr().out.split())
     (line,) = [json.loads(line) for line in out.read_text().splitlines()]
