@@ -253,11 +253,9 @@ def training_model(options, model: keras.Model, images: np.ndarray) -> keras.Mod
     return keras.Sequential([*parts, model])
 
 
-def run(options) -> dict:
-    """Trains and certifies; the figures of one line."""
+def trained(options, data: hkr.datasets.Dataset) -> tuple[keras.Model, dict[str, float]]:
+    """The network of the options, and what its training took."""
     keras.utils.set_random_seed(options.seed)
-    data = hkr.datasets.load(options.data or options.dataset, 0)
-    data = held_out(data) if options.held_out else data
     x_train, y_train = data.x_train[: options.train], data.y_train[: options.train]
     model = network(options, x_train.shape[1:], data.classes)
     trainer = training_model(options, model, x_train)
@@ -271,13 +269,27 @@ def run(options) -> dict:
         )
     average = {"use_ema": True, "ema_momentum": options.average} if options.average else {}
     trainer.compile(OPTIMIZERS[options.optimizer](rate, **average), loss=LOSSES[options.loss](options))
-    start, start_cpu = time.perf_counter(), time.process_time()
-    epochs = 10**6 if options.minutes else options.epochs
-    verbose = 0 if options.minutes else options.verbose
-    callbacks.append(hkr.callbacks.Orthonormalize())
     print(f"{len(y_train)} training inputs, {model.count_params():,} parameters", flush=True)
-    history = trainer.fit(batches, epochs=epochs, verbose=verbose, callbacks=callbacks)
-    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - start_cpu
+    start, start_cpu = time.perf_counter(), time.process_time()
+    history = trainer.fit(
+        batches,
+        epochs=10**6 if options.minutes else options.epochs,
+        verbose=0 if options.minutes else options.verbose,
+        callbacks=[*callbacks, hkr.callbacks.Orthonormalize()],
+    )
+    spent = {
+        "epochs": len(history.epoch),
+        "seconds": round(time.perf_counter() - start, 1),
+        "cpu_seconds": round(time.process_time() - start_cpu, 1),
+    }
+    return model, spent
+
+
+def run(options) -> dict:
+    """Trains and certifies; the figures of one line."""
+    data = hkr.datasets.load(options.data or options.dataset, 0)
+    data = held_out(data) if options.held_out else data
+    model, spent = trained(options, data)
     if options.save:
         model.save(options.save)
     certificate = hkr.certify(model, data.x_test, batch_size=512, verbose=0)
@@ -285,13 +297,11 @@ def run(options) -> dict:
     result = {
         "library": f"hkr_keras {hkr.__version__}",
         **{name: value for name, value in vars(options).items() if name not in unsaid},
-        "epochs": len(history.epoch),
         "backend": keras.backend.backend(),
         "machine": machine(),
         "versions": versions(),
         "parameters": model.count_params(),
-        "seconds": round(seconds, 1),
-        "cpu_seconds": round(cpu_seconds, 1),
+        **spent,
         "bound": certificate.bound,
         "clean": certificate.accuracy(data.y_test),
         **{f"certified_{e:.3g}": certificate.accuracy(data.y_test, e) for e in options.epsilons},

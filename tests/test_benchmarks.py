@@ -9,6 +9,7 @@ import sys
 
 import bound_cost
 import certified_accuracy
+import counterfactuals
 import frontier
 import gradient_depth
 import keras
@@ -97,6 +98,28 @@ def test_augmentation_moves_and_mirrors():
     assert len({tuple(place) for place in np.argwhere(blended)[:, 1:].tolist()}) == 9
     factors = changed(contrast=0.2)[:, 2, 1]
     assert 0.8 <= factors.min() < 0.9 < 1.1 < factors.max() <= 1.2
+
+
+def test_a_judge_of_counterfactuals(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "judge.jsonl"
+    arguments = ("--ordinary-epochs", 3, "--count", 20, "--t", 2, "--json", out, "--epochs=3")
+    run_main(counterfactuals, monkeypatch, *OPTIONS, *arguments)
+    assert "counterfactual, t = 2" in " ".join(capsys.readouterr().out.split())
+    beyond, moved, equal = [json.loads(line) for line in out.read_text().splitlines()]
+    assert (beyond["kind"], moved["kind"]) == ("ordinary, own boundary", "counterfactual, t = 2")
+    assert min(beyond["itself"], moved["itself"]) > 0.5  # some cross the boundary to another class first
+    assert 0 < beyond["distance"] < equal["distance"] <= moved["distance"] * 1.001
+    assert all(0 <= line["judge"] <= 1 and line["images"] <= 20 for line in (beyond, moved, equal))
+
+
+def test_robustness_beside_ordinary_and_adversarial_training(tmp_path, monkeypatch):
+    out = tmp_path / "robustness.jsonl"
+    arguments = ("--robustness", "--ordinary-epochs", 1, "--count", 8, "--steps", 5, "--epsilons", 0.25, "--json", out)
+    run_main(counterfactuals, monkeypatch, *OPTIONS, *arguments)
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line["kind"] for line in lines] == ["HKR", "cross-entropy", "adversarial training at 0.5"]
+    for line in lines:
+        assert line["certified_0.25"] <= min(line["PGD_0.25"], line["C&W_0.25"]) <= line["clean"]
 
 
 @pytest.mark.parametrize("name", ["cnn", "lenet"])
