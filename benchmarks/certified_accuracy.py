@@ -49,6 +49,14 @@ LOSSES = {
     "log_sum_exp_hkr": lambda o: hkr.losses.LogSumExpHKR(o.alpha, o.margin),
     "crossentropy": lambda o: hkr.losses.MarginCrossentropy(o.temperature, o.margin),
 }
+NAMES = {
+    "hkr": "MulticlassHKR",
+    "binary_hkr": "HKR",
+    "soft_hkr": "SoftHKR",
+    "log_sum_exp_hkr": "LogSumExpHKR",
+    "crossentropy": "MarginCrossentropy",
+}
+NAMES_OF_RADII = {f"certified_{k / 255:.3g}": f"at {k}/255" for k in (36, 72, 108)}
 HEADS = {"unit_norm": hkr.constraints.UnitNorm, "orthonormal": hkr.constraints.Orthonormal}
 OPTIMIZERS = {
     "adam": keras.optimizers.Adam,
@@ -93,8 +101,8 @@ FASHION_MNIST = {
     "rate": 0.02,
 }
 RECIPES = {
-    "mnist": MNIST | {"loss": "crossentropy", "temperature": 10.0, "margin": 0.8},
-    "mnist_far": MNIST,
+    "mnist": MNIST | {"loss": "crossentropy", "temperature": 10.0, "margin": 0.8, "shift": 1, "epochs": 24},
+    "mnist_far": MNIST | {"alpha": 100.0, "epochs": 34},
     "fashion_mnist": FASHION_MNIST,
     "fashion_mnist_long": FASHION_MNIST
     | {"layers": "F 1024 256", "margin": 0.65, "rate": 0.03, "epochs": 100, "batch": 1024}
@@ -110,7 +118,7 @@ RECIPES = {
         "optimizer": "stiefel_muon",
         "rate": 0.03,
         "batch": 256,
-        "epochs": 8,
+        "epochs": 10,
         "flip": True,
     },
 }
@@ -120,7 +128,7 @@ def network(options, shape, classes: int) -> keras.Sequential:
     """The layers of `--layers` (or of `--model`), and a head.
 
     Numbers are orthogonal 3 x 3 convolutions, behind `F` dense layers, each with GroupSort(2); `P` is invertible
-    down-sampling, `F` flattens.
+    down-sampling, `A` a mean over 2 x 2 pixels in an orthonormal basis, `F` flattens.
     """
     head, outputs = HEADS[options.head](), 1 if options.loss == "binary_hkr" else classes
     if not options.layers and options.model in ("cnn", "resnet"):
@@ -130,6 +138,8 @@ def network(options, shape, classes: int) -> keras.Sequential:
     for name in (options.layers or MODELS[options.model]).split():
         if name == "P":
             model.add(hkr.layers.InvertibleDownsampling2D(2))
+        elif name == "A":
+            model.add(hkr.layers.ScaledAveragePooling2D(2))
         elif name == "F":
             model.add(keras.layers.Flatten())
             flat = True
@@ -281,6 +291,7 @@ def trained(options, data: hkr.datasets.Dataset) -> tuple[keras.Model, dict[str,
         "epochs": len(history.epoch),
         "seconds": round(time.perf_counter() - start, 1),
         "cpu_seconds": round(time.process_time() - start_cpu, 1),
+        "threads": int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)),
     }
     return model, spent
 
@@ -293,7 +304,7 @@ def run(options) -> dict:
     if options.save:
         model.save(options.save)
     certificate = hkr.certify(model, data.x_test, batch_size=512, verbose=0)
-    unsaid = ("json", "verbose", "attack", "train", "data", "save", "epsilons")
+    unsaid = ("json", "verbose", "attack", "train", "data", "save", "epsilons", "show")
     result = {
         "library": f"hkr_keras {hkr.__version__}",
         **{name: value for name, value in vars(options).items() if name not in unsaid},
@@ -316,16 +327,19 @@ def run(options) -> dict:
     return result
 
 
+def weights_of(result: dict) -> str:
+    """The loss of a result, and its numbers."""
+    number = "temperature" if result["loss"] == "crossentropy" else "alpha"
+    return f"`{NAMES[result['loss']]}({result[number]:g}, {result['margin']:g})`"
+
+
 def show(result: dict) -> None:
     """Prints the figures as a table of one row."""
     shares = [name for name in result if name == "clean" or name.startswith(("certified_", "attacked_"))]
-    weights = (
-        f"temperature {result['temperature']:g}" if result["loss"] == "crossentropy" else f"alpha {result['alpha']:g}"
-    )
     row = {
         "data": result["dataset"] + (", held-out images" if result["held_out"] else ""),
         "network": result["layers"] or MODELS[result["model"]] or result["model"],
-        "loss": f"{result['loss']}, {weights}, margin {result['margin']:g}",
+        "loss": weights_of(result),
         "optimizer": f"{result['optimizer']} {result['rate']:g}",
         "epochs": str(result["epochs"]),
         "CPU s": f"{result['cpu_seconds']:.0f}",
@@ -335,6 +349,41 @@ def show(result: dict) -> None:
     table = Table(*row, title=f"Certified accuracy, percent; {result['machine']}, {result['versions']}")
     table.add_row(*row.values())
     Console(width=200).print(table)
+
+
+def markdown(results: list[dict]) -> str:
+    """The tables of stored results, one for each data set: means over seeds, in brackets largest - smallest."""
+    groups: dict[tuple, list[dict]] = {}
+    for result in results:
+        alike = ("dataset", "recipe", "layers", "model", "loss", "alpha", "temperature", "margin", "threads", "machine")
+        groups.setdefault(tuple(result.get(name) for name in alike), []).append(result)
+    tables: dict[str, list[str]] = {}
+    for (dataset, *_), runs in groups.items():
+        first = runs[0]
+        shares = [name for name in first if name == "clean" or name.startswith("certified_")]
+        figures = [(100, 1, name) for name in shares] + [(1, 3, "mean_radius"), (1, 0, "epochs")]
+        figures += [(1, 0, "cpu_seconds"), (1, 0, "seconds")]
+        cells = [first["recipe"], weights_of(first), str(len(runs))]
+        for factor, digits, name in figures:
+            values = factor * np.array([run[name] for run in runs])
+            spread = f" ({np.ptp(values):.{digits}f})" if len(runs) > 1 and digits else ""
+            cells.append(f"{values.mean():.{digits}f}{spread}")
+        if dataset not in tables:
+            headings = [NAMES_OF_RADII.get(name, name.replace("certified_", "at ")) for name in shares]
+            headings = [
+                "recipe",
+                "loss",
+                "seeds",
+                *headings,
+                "mean radius",
+                "epochs",
+                "CPU seconds",
+                "seconds",
+                "machine",
+            ]
+            tables[dataset] = ["| " + " | ".join(headings) + " |", "|---|---|" + "---:|" * (len(headings) - 3) + "---|"]
+        tables[dataset].append("| " + " | ".join([*cells, first["machine"]]) + " |")
+    return "\n\n".join("\n".join(lines) for lines in tables.values())
 
 
 def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -372,6 +421,7 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--epsilons", type=float, nargs="+", default=list(EPSILONS))
     parser.add_argument("--verbose", default=2, type=int)
     parser.add_argument("--json", help="append the figures to this file, one JSON object per line")
+    parser.add_argument("--show", help="print the tables of the results in this file, as Markdown, and train nothing")
     parser.set_defaults(**RECIPES.get(parser.parse_known_args(arguments)[0].recipe, {}))
     options = parser.parse_args(arguments)
     if options.epochs != parser.get_default("epochs") and options.minutes == parser.get_default("minutes"):
@@ -382,6 +432,9 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     """Runs one recipe."""
     options = parsed()
+    if options.show:
+        print(markdown([json.loads(line) for line in pathlib.Path(options.show).read_text().splitlines()]))
+        return
     result = run(options)
     show(result)
     print(json.dumps(result))

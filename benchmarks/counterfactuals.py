@@ -32,14 +32,15 @@ BATCH = 128
 
 
 def ordinary(shape, classes: int) -> keras.Sequential:
-    """A small ReLU network: convolutions and max pooling for images of at least 16 x 16, dense layers for others."""
+    """A small ReLU network: convolutions with max pooling for images of at least 16 x 16, dense layers for others."""
     model = keras.Sequential([keras.Input(shape)])
-    for filters in (32, 64) if shape[0] >= 16 else ():
-        for _ in range(2):
-            model.add(keras.layers.Conv2D(filters, 3, padding="same", activation="relu"))
+    if shape[0] >= 16:
+        model.add(keras.layers.Conv2D(32, 5, 2 if shape[0] >= 48 else 1, padding="same", activation="relu"))
+        model.add(keras.layers.MaxPooling2D(2))
+        model.add(keras.layers.Conv2D(64, 3, padding="same", activation="relu"))
         model.add(keras.layers.MaxPooling2D(2))
     model.add(keras.layers.Flatten())
-    for width in (64,) if shape[0] >= 16 else (256, 128, 64):
+    for width in (128,) if shape[0] >= 16 else (256, 128, 64):
         model.add(keras.layers.Dense(width, activation="relu"))
     model.add(keras.layers.Dense(classes))
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)

@@ -51,6 +51,29 @@ def test_attacked_accuracy_is_above_the_certified_one(tmp_path):
     assert hkr.certify(model, x, verbose=0).accuracy(y) == result["clean"]
 
 
+def test_tables_of_recipes(tmp_path, monkeypatch, capsys):
+    shares = {"clean": 0.9, "certified_0.141": 0.8, "certified_0.5": 0.5}
+    common = {"dataset": "smiles", "recipe": "smiles", "loss": "binary_hkr", "alpha": 20.0, "margin": 0.5}
+    costs = {"mean_radius": 0.5, "epochs": 8, "cpu_seconds": 100.4, "seconds": 60.0, "machine": "2 x x86_64 CPU cores"}
+    lines = [{**common, **shares, **costs}, {**common, **shares, **costs, "clean": 0.92, "seed": 1}]
+    path = tmp_path / "results.jsonl"
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    run_main(certified_accuracy, monkeypatch, "--show", path)
+    printed = capsys.readouterr().out
+    assert "| recipe | loss | seeds | clean | at 36/255 | at 0.5 |" in printed
+    assert (
+        "| smiles | `HKR(20, 0.5)` | 2 | 91.0 (2.0) | 80.0 (0.0) | 50.0 (0.0) | 0.500 (0.000) | 8 | 100 | 60 |"
+        in printed
+    )
+
+
+def test_the_page_of_results_holds_the_tables_of_recipes():
+    folder = certified_accuracy.HERE
+    results = [json.loads(line) for line in (folder / "results" / "recipes.jsonl").read_text().splitlines()]
+    page = (folder.parent / "docs" / "results.md").read_text()
+    assert all(table in page for table in certified_accuracy.markdown(results).split("\n\n"))
+
+
 def test_held_out_inputs_are_a_tenth_of_the_training_inputs():
     data = hkr.datasets.load("digits")
     parts = certified_accuracy.held_out(data)
