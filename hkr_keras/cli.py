@@ -365,7 +365,7 @@ def demo(
     output.mkdir(parents=True, exist_ok=True)
     model.save(output / "model.keras")
     (output / "certificate.json").write_text(certificate.to_json())
-    _draw(model, data, certificate, output)
+    _draw(model, data, certificate, output, boundary=loss != "kr")
     names = ", ".join(sorted(path.name for path in output.iterdir()))
     print(f"Model, certificate and pictures are in {output.resolve()}: {names}")
     return result
@@ -399,7 +399,7 @@ def _plotting() -> Any:
     return plotting
 
 
-def _draw(model: Any, data: Any, certificate: Any, output: pathlib.Path) -> None:
+def _draw(model: Any, data: Any, certificate: Any, output: pathlib.Path, boundary: bool) -> None:
     if not _is_installed("matplotlib"):
         print("No pictures without matplotlib: pip install 'hkr_keras[plots]'")
         return
@@ -408,7 +408,7 @@ def _draw(model: Any, data: Any, certificate: Any, output: pathlib.Path) -> None
     ax.set_title(f"{data.name}: accuracy that no attack within the radius can lower", fontsize=11)
     ax.figure.savefig(output / "certified_accuracy.png", dpi=150)
     if data.x_test.shape[1:] == (2,):
-        field = plotting.plot_field(model, data.x_test, data.y_test)
+        field = plotting.plot_field(model, data.x_test, data.y_test, boundary=boundary)
         field.figure.savefig(output / "field.png", dpi=150)
 
 

@@ -72,6 +72,14 @@ def _tidy(ax: Any, percent: str = "") -> Any:
     return ax
 
 
+def _round_ticks(ax: Any) -> None:
+    """At most eight ticks on both axes, at multiples of 1, 2 or 5 times a power of ten."""
+    from matplotlib.ticker import MaxNLocator
+
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))
+
+
 def _class_names(count: int, names: Sequence[str] | None) -> list[str]:
     if names is None:
         return [str(i) for i in range(count)]
@@ -284,7 +292,7 @@ def plot_robustness(robustness: Any, ax: Any = None, largest: float | None = Non
     for epsilon, low, high in zip(robustness.epsilons, robustness.certified, robustness.attacked, strict=True):
         for value, color, offset, side in (
             (high, _ORANGE, (6, 5), "left"),
-            (low, _BLUE, (-5, -13 if low > 0.05 else 5), "right"),
+            (low, _BLUE, (-5, -13) if low > 0.05 else (6, 5), "right" if low > 0.05 else "left"),
         ):
             ax.plot([epsilon], [value], "o", color=color, markersize=5, clip_on=False)
             _write(ax, f"{value:.1%}", (epsilon, value), offset, ha=side, color=color)
@@ -337,6 +345,7 @@ def plot_frontier(clean: Any, certified: Any, ax: Any = None, label: str | None 
     )
     ax.plot(np.concatenate(clean), np.concatenate(certified), "o", color=color, markersize=3.5, alpha=0.7, mew=0)
     ax.set(xlabel="clean accuracy, %", ylabel="certified accuracy, %")
+    _round_ticks(ax)
     return _tidy(ax)
 
 
@@ -416,14 +425,22 @@ def plot_field(
 
     Raises:
         ValueError: for inputs that are not `(n, 2)`, and other than two names.
-    """
-    from matplotlib.ticker import MaxNLocator
 
+    Example:
+
+    >>> import keras, matplotlib, numpy as np, hkr_keras as hkr; matplotlib.use("Agg")
+    >>> model = keras.Sequential([keras.Input((2,)), hkr.layers.LipschitzDense(1)])
+    >>> ax = plot_field(model, np.array([[2.0, 1.0], [-1.0, 3.0]]), [0, 1], names=["left", "right"])
+    >>> [text.get_text() for text in ax.get_legend().get_texts()]
+    ['right', 'left', 'centre of a circle']
+    """
     x = np.asarray(x)
     if x.ndim != 2 or x.shape[1] != 2:
         raise ValueError(f"Expected points of shape (n, 2). Received: x.shape={x.shape}")
     names = _class_names(2, ["class 0", "class 1"] if names is None else names)
     ax = _axes(ax, figsize=(7.6, 4.6))
+    from matplotlib.ticker import MaxNLocator
+
     low, high = x.min(axis=0) - 0.5, x.max(axis=0) + 0.5
     first, second = np.meshgrid(np.linspace(low[0], high[0], 160), np.linspace(low[1], high[1], 160))
     grid = np.stack([first.ravel(), second.ravel()], axis=1).astype("float32")
@@ -451,11 +468,10 @@ def plot_field(
             ax.add_patch(_circle(centre, radius))
         ax.plot(*x[:circles].T, "o", mfc="none", mec="#111111", markersize=4, mew=1.0, label="centre of a circle")
     ax.set(aspect="equal", xlim=(low[0], high[0]), ylim=(low[1], high[1]))
-    for axis in (ax.xaxis, ax.yaxis):
-        axis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))
+    _round_ticks(ax)
     ax.spines[:].set_visible(False)
     colors = {"facecolor": "#f4f4f4", "edgecolor": "none", "framealpha": 1.0, "labelcolor": "#222222"}
-    ax.legend(loc="lower center", ncols=3, bbox_to_anchor=(0.5, 1.01), borderaxespad=0.0, fontsize=9, **colors)
+    ax.legend(loc="upper center", ncols=3, bbox_to_anchor=(0.5, 0.0), borderaxespad=2.7, fontsize=9, **colors)
     return ax
 
 
@@ -527,15 +543,26 @@ def plot_singular_values(model: keras.Model | LipschitzSummary, ax: Any = None) 
 
     Returns:
         The axes.
+
+    Example:
+
+    >>> import keras, matplotlib, hkr_keras as hkr; matplotlib.use("Agg")
+    >>> model = keras.Sequential([keras.Input((4,)), hkr.layers.LipschitzDense(2, name="head")])
+    >>> [text.get_text() for text in plot_singular_values(model).get_yticklabels()]
+    ['head']
     """
     summary = model if isinstance(model, LipschitzSummary) else lipschitz_summary(model, print_fn=None)
     rows = [row for row in summary.rows if row.sigma_max is not None]
     ax = _axes(ax, figsize=(6.4, 1.2 + 0.3 * len(rows)))
     for i, row in enumerate(rows):
-        ax.plot([row.sigma_min, row.sigma_max], [i, i], color=_BLUE, linewidth=6, alpha=0.65, solid_capstyle="round")
-        ax.plot([row.bound], [i], "|", color=_ORANGE, markersize=14, markeredgewidth=2.5)
-    ax.set(yticks=range(len(rows)), yticklabels=[row.layer for row in rows])
-    ax.set(xlabel="line: singular values; mark: the proven bound", ylim=(len(rows) - 0.4, -0.6))
+        words = ("from the smallest to the largest singular value", "proven bound") if i == 0 else (None, None)
+        extremes = [row.sigma_min, row.sigma_max]
+        ax.plot(extremes, [i, i], "o-", color=_BLUE, linewidth=3, markersize=6, label=words[0])
+        ax.plot([row.bound], [i], "|", color=_ORANGE, markersize=14, markeredgewidth=2.5, label=words[1])
+    ax.set(yticks=range(len(rows)), yticklabels=[row.layer for row in rows], ylim=(len(rows) - 0.4, -0.6))
+    if rows:
+        ax.legend(loc="lower right", ncols=2, frameon=False, bbox_to_anchor=(1.0, 1.0), borderaxespad=0.0)
     ax.axvline(1.0, color=_ink(), linewidth=0.8, linestyle=":")
+    ax.set_xlabel("singular values of the kernel")
     _tidy(ax).grid(False, axis="y")
     return ax
