@@ -17,6 +17,10 @@ OLDEST = $(addprefix tests/,certification conversion layers $(patsubst %,test_%.
 # The kinds that later versions of Keras and NumPy made what they are now.
 NEWER = $(addprefix --deselect=tests/certification/test_hostile_kinds.py::,\
 	test_overflow_and_underflow_of_products[factors1] test_what_is_sound_is_accepted[RandomGrayscale])
+# What other packages log while they are imported is no output of a notebook.
+WITHOUT_LOGS = "import sys, nbformat; book = nbformat.read(sys.argv[1], 4); \
+	[cell.update(outputs=[each for each in cell.outputs if each.get('name') != 'stderr']) \
+	for cell in book.cells if cell.cell_type == 'code']; nbformat.write(book, sys.argv[1])"
 QUIET = TF_CPP_MIN_LOG_LEVEL=3 PYTHONUNBUFFERED=1
 
 .PHONY: help demo test quick oldest lint docs bench notebooks clean
@@ -63,6 +67,7 @@ notebooks: $(VENV)/.installed-test  ## Make the .ipynb files from their .py pair
 	@set -e; for script in notebooks/*.py; do \
 		$(BIN)/jupytext --quiet --to ipynb $$script; \
 		$(QUIET) TF_ENABLE_ONEDNN_OPTS=0 $(BIN)/jupyter execute --inplace $${script%.py}.ipynb; \
+		$(BIN)/python -c $(WITHOUT_LOGS) $${script%.py}.ipynb; \
 	done
 
 $(VENV)/bin/python:

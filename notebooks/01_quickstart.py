@@ -26,15 +26,16 @@ if importlib.util.find_spec("hkr_keras") is None:
         place = "file://" + os.path.abspath("..")
     # %pip install --quiet "hkr_keras[plots,sklearn] @ {place}"
 
+# %%
 os.environ.setdefault("KERAS_BACKEND", "jax")  # or "tensorflow", or "torch"
 
-# %%
 import keras
 import matplotlib.pyplot as plt
 import numpy as np
 
 import hkr_keras as hkr
 
+plt.rcParams["figure.dpi"] = 150
 keras.utils.set_random_seed(0)
 data = hkr.datasets.load("digits")  # 1,797 handwritten digits, 8 x 8 pixels in [0, 1]
 
@@ -102,6 +103,13 @@ hkr.plotting.plot_certified_accuracy(certificate, data.y_test)
 plt.show()
 
 # %% [markdown]
+# Which digits are safe? A row for each: right predictions above the line, wrong ones below it.
+
+# %%
+hkr.plotting.plot_radii(certificate, data.y_test)
+plt.show()
+
+# %% [markdown]
 # The safest and the most fragile correct predictions, with their radii: doubtful handwriting has a small one.
 
 # %%
@@ -111,7 +119,7 @@ fig, axes = plt.subplots(2, 8, figsize=(9, 2.9), layout="constrained")
 for row, indices in zip(axes, (order[-8:][::-1], order[:8]), strict=True):
     for ax, i in zip(row, indices, strict=True):
         ax.imshow(data.x_test[i, ..., 0], cmap="gray_r")
-        ax.set_title(f"{certificate.prediction[i]}   r = {certificate.radius[i]:.3f}", fontsize=9)
+        ax.set_title(f"{certificate.prediction[i]}   r = {certificate.radius[i]:.2g}", fontsize=9)
         ax.axis("off")
 plt.show()
 
@@ -130,7 +138,7 @@ binary.compile(
     loss=hkr.losses.HKR(alpha=10, margin=0.3),
 )
 binary.fit(moons.x_train, moons.y_train, batch_size=25, epochs=epochs, verbose=0)
-hkr.plotting.plot_field(binary, moons.x_test, moons.y_test)
+hkr.plotting.plot_field(binary, moons.x_test, moons.y_test, names=["upper moon", "lower moon"])
 plt.show()
 
 # %% [markdown]

@@ -27,9 +27,9 @@ if importlib.util.find_spec("hkr_keras") is None:
         place = "file://" + os.path.abspath("..")
     # %pip install --quiet "hkr_keras[plots,sklearn] @ {place}" keras-tuner
 
+# %%
 os.environ.setdefault("KERAS_BACKEND", "jax")  # or "tensorflow", or "torch"
 
-# %%
 import pathlib
 import tempfile
 
@@ -39,6 +39,7 @@ import numpy as np
 
 import hkr_keras as hkr
 
+plt.rcParams["figure.dpi"] = 150
 keras.utils.set_random_seed(0)
 data = hkr.datasets.load("digits")
 layers = keras.layers
@@ -104,10 +105,10 @@ curves = {
     "converted and trained": certificate,
     "converted to OrthogonalConv2D and trained": train(orthogonal, epochs),
 }
-colors = ["#999999", "#d9622b", "#1f5fa8", "#2a8f5b"]
+colors = ["#999999", "#d9622b", "#2f74c0", "#2a8f5b"]
 fig, ax = plt.subplots(figsize=(7, 4.3), layout="constrained")
 for (label, found), color in zip(curves.items(), colors, strict=True):
-    hkr.plotting.plot_certified_accuracy(found, data.y_test, ax=ax, label=label, color=color, marks=())
+    hkr.plotting.plot_certified_accuracy(found, data.y_test, ax=ax, label=label, color=color, marks=(), fill=False)
     print(
         f"{label:42} clean {found.accuracy(data.y_test):.1%}   at 0.25 {found.accuracy(data.y_test, 0.25):.1%}"
         f"   mean radius {found.mean_radius(data.y_test):.3f}"

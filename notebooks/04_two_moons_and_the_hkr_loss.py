@@ -28,9 +28,9 @@ if importlib.util.find_spec("hkr_keras") is None:
         place = "file://" + os.path.abspath("..")
     # %pip install --quiet "hkr_keras[plots,sklearn,transport] @ {place}"
 
+# %%
 os.environ.setdefault("KERAS_BACKEND", "jax")  # or "tensorflow", or "torch"
 
-# %%
 import keras
 import matplotlib.pyplot as plt
 import numpy as np
@@ -38,8 +38,10 @@ import numpy as np
 import hkr_keras as hkr
 from hkr_keras.transport import hkr_optimum
 
+plt.rcParams["figure.dpi"] = 150
 data = hkr.datasets.load("moons")
 x, y = data.x_train[:200], data.y_train[:200]
+MOONS = ["upper moon", "lower moon"]
 
 
 def trained(loss, epochs=60, rate=2e-2):
@@ -68,9 +70,9 @@ def figures(model):
 # ## Kantorovich-Rubinstein alone is no classifier
 #
 # `KR` measures how far apart the moons are, as the Wasserstein distance, and its level lines follow the transport.
-# The loss does not change when a constant is added, so the zero level may be anywhere; here it is put midway between
-# the class means. Even so the scores of the classes overlap: what is on average far apart need not be separated. HKR
-# keeps most of the distance and puts the boundary between the moons.
+# The loss does not change when a constant is added, so no level is a boundary, and the picture has none. For the
+# accuracy one is needed: zero is put midway between the class means. Even so the scores of the classes overlap: what is
+# on average far apart need not be separated. HKR keeps most of the distance and puts the boundary between the moons.
 
 # %%
 models = {"KR": trained(hkr.losses.KR()), "HKR(10, 0.3)": trained(hkr.losses.HKR(alpha=10, margin=0.3))}
@@ -79,7 +81,7 @@ bias = models["KR"].layers[-1].bias
 bias.assign(bias - (score[y == 0].mean() + score[y == 1].mean()) / 2)
 fig, axes = plt.subplots(1, 2, figsize=(13, 4), layout="constrained")
 for ax, (name, model) in zip(axes, models.items(), strict=True):
-    hkr.plotting.plot_field(model, data.x_test, data.y_test, ax=ax, circles=15)
+    hkr.plotting.plot_field(model, data.x_test, data.y_test, ax, circles=15, names=MOONS, boundary=name != "KR")
     ax.set_title(name)
     print(f"{name}: {figures(model)}")
 plt.show()
@@ -89,8 +91,8 @@ bins = np.linspace(-1.5, 1.5, 61)
 fig, axes = plt.subplots(1, 2, figsize=(11, 2.8), layout="constrained", sharey=True)
 for ax, (name, model) in zip(axes, models.items(), strict=True):
     score = model.predict(data.x_test, verbose=0)[:, 0]
-    ax.hist(score[data.y_test == 0], bins, color="#d9622b", alpha=0.7, label="class 0")
-    ax.hist(score[data.y_test == 1], bins, color="#1f5fa8", alpha=0.7, label="class 1")
+    ax.hist(score[data.y_test == 0], bins, color="#d9622b", alpha=0.7, label=MOONS[0])
+    ax.hist(score[data.y_test == 1], bins, color="#2f74c0", alpha=0.7, label=MOONS[1])
     ax.set(title=name, xlabel="score", ylabel="points")
     ax.legend(frameon=False)
 plt.show()
@@ -103,11 +105,11 @@ plt.show()
 
 # %%
 settings = [(1, 0.1), (1, 0.6), (100, 0.1), (100, 0.6)]
-fig, axes = plt.subplots(2, 2, figsize=(12, 7), layout="constrained")
+fig, axes = plt.subplots(2, 2, figsize=(12, 8), layout="constrained")
 grid = {}
 for ax, (alpha, margin) in zip(axes.ravel(), settings, strict=False):
     model = grid[alpha, margin] = trained(hkr.losses.HKR(alpha, margin))
-    hkr.plotting.plot_field(model, data.x_test, data.y_test, ax=ax, circles=15)
+    hkr.plotting.plot_field(model, data.x_test, data.y_test, ax, circles=15, names=MOONS)
     ax.set_title(f"alpha = {alpha}, margin = {margin}")
     print(f"alpha {alpha:<4} margin {margin}: {figures(model)}")
 plt.show()

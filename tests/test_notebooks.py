@@ -80,7 +80,7 @@ def test_committed_with_outputs_and_badge(path):
     )
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     assert any("image/png" in output.get("data", {}) for output in outputs)
-    assert not any(output.output_type == "error" for output in outputs)
+    assert not any(output.output_type == "error" or output.get("name") == "stderr" for output in outputs)
     sources = [cell.source for cell in notebook.cells]
     paired = nbformat.read(path, as_version=4) if not path.with_suffix(".py").exists() else None
     assert paired is None, "a notebook without its .py pair"
