@@ -1,9 +1,11 @@
 """The code of the README and of the guide runs, in order, page by page."""
 
 import dataclasses
+import functools
 import math
 import pathlib
 import re
+import types
 
 import keras
 import numpy as np
@@ -63,6 +65,18 @@ def test_code_of_pages_runs(page, monkeypatch, tmp_path):
         if "deel-lip" not in code:
             exec(compile(code, f"{page.name}: {code.splitlines()[0]}", "exec"), names)
     assert blocks or page.stem in ("lipschitz_networks", "limits")
+
+
+def test_names_of_the_migration_tables_exist():
+    text = (ROOT / "docs/migration.md").read_text()
+    cells = re.findall(r"^\|.+\| (.+) \|$", text, re.MULTILINE)
+    names = {name for cell in cells for name in re.findall(r"`([A-Za-z][\w.]*)(?=[(`])", cell)}
+    owners = [types.SimpleNamespace(keras=keras), hkr, hkr.layers, hkr.constraints, hkr.callbacks]
+    own = {"tau_binary", "categorical_hinge", "loss.alpha", "loss.margin", "loss.temperature", "logs"}
+    assert {"LipschitzDense", "losses.MulticlassHKR", "lipschitz_summary", "keras.layers.PReLU", *own} <= names
+    for name in names - own:
+        found = [functools.reduce(lambda part, at: getattr(part, at, None), name.split("."), each) for each in owners]
+        assert any(each is not None for each in found), name
 
 
 RAW = "https://raw.githubusercontent.com/hkr-keras/hkr_keras/main/"
