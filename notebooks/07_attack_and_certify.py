@@ -27,9 +27,9 @@ if importlib.util.find_spec("hkr_keras") is None:
         place = "file://" + os.path.abspath("..")
     # %pip install --quiet "hkr_keras[attacks,plots,sklearn] @ {place}"
 
+# %%
 os.environ.setdefault("KERAS_BACKEND", "jax")  # or "tensorflow", or "torch"
 
-# %%
 import dataclasses
 
 import keras
@@ -39,6 +39,7 @@ import numpy as np
 import hkr_keras as hkr
 from hkr_keras.attacks import BrokenCertificate, evaluate_robustness
 
+plt.rcParams["figure.dpi"] = 150
 keras.utils.set_random_seed(0)
 data = hkr.datasets.load("digits")
 x, y = data.x_test, data.y_test
@@ -82,7 +83,7 @@ plt.show()
 # %%
 found = np.isfinite(robustness.distance)
 fig, ax = plt.subplots(figsize=(4.6, 4.2), layout="constrained")
-ax.plot(robustness.radius[found], robustness.distance[found], "o", markersize=4, alpha=0.5, markeredgewidth=0)
+ax.plot(robustness.radius[found], robustness.distance[found], "o", color="#2f74c0", markersize=4, alpha=0.5, mew=0)
 longest = 1.05 * float(robustness.distance[found].max(initial=1e-3))
 ax.plot([0, longest], [0, longest], color="#222222", linewidth=1)
 ax.set(xlabel="certified radius", ylabel="distance of the nearest change found", xlim=(0, longest), ylim=(0, longest))
@@ -91,7 +92,8 @@ plt.show()
 print(f"radius over distance: median {np.median((robustness.radius / robustness.distance)[found]):.2f}")
 
 # %% [markdown]
-# The changes are large enough to be seen, since smaller ones are ruled out.
+# The changes are large enough to be seen, since smaller ones are ruled out. Below them, where ink was added (blue) and
+# where it was taken away (red).
 
 # %%
 shown = np.flatnonzero(found & robustness.is_correct)[:10]
@@ -99,7 +101,8 @@ changed = robustness.adversarial[shown]
 moves = changed - x[shown]
 now = model.predict(changed, verbose=0).argmax(axis=1)
 titles = [y[shown].tolist(), [f"{label} at {d:.2f}" for label, d in zip(now, robustness.distance[shown], strict=True)]]
-hkr.plotting.plot_image_rows([x[shown], changed, 0.5 + moves], [*titles, None], ["image", "attacked", "change"])
+hkr.plotting.plot_image_rows([x[shown], changed], titles, ["image", "attacked"])
+hkr.plotting.plot_image_rows([moves], names=["change"], symmetric=True)
 plt.show()
 
 # %% [markdown]
