@@ -28,15 +28,17 @@ if importlib.util.find_spec("hkr_keras") is None:
         place = "file://" + os.path.abspath("..")
     # %pip install --quiet "hkr_keras[plots,sklearn,transport] @ {place}"
 
+# %%
 os.environ.setdefault("KERAS_BACKEND", "jax")  # or "tensorflow", or "torch"
 
-# %%
 import keras
 import matplotlib.pyplot as plt
 import numpy as np
 
 import hkr_keras as hkr
 from hkr_keras.transport import wasserstein1
+
+plt.rcParams["figure.dpi"] = 150
 
 # %% [markdown]
 # ## Two distributions in the plane
@@ -66,7 +68,7 @@ def show(found, exact):
     """The estimates beside the exact distance."""
     _, ax = plt.subplots(figsize=(6.4, 3.4), layout="constrained")
     ax.axhline(exact, color="#222222", linewidth=1, label="exact")
-    ax.plot(20 * np.arange(1, len(found) + 1), found, color="#1f5fa8", linewidth=2, label="network / proven constant")
+    ax.plot(20 * np.arange(1, len(found) + 1), found, color="#2f74c0", linewidth=2, label="network / proven constant")
     ax.set(xlabel="training step", ylabel="Wasserstein-1 distance", ylim=(0.9 * found.min(), 1.02 * exact))
     ax.legend(loc="lower right", frameon=False)
     ax.spines[["top", "right"]].set_visible(False)
