@@ -3,6 +3,8 @@
 import collections
 import os
 import sys
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -10,6 +12,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 import keras
 import numpy as np
 import pytest
+from helpers import state_kept
 
 collect_ignore = ["replicas"]  # programs, each for one backend and in processes of its own
 
@@ -17,9 +20,8 @@ collect_ignore = ["replicas"]  # programs, each for one backend and in processes
 @pytest.fixture(autouse=True)
 def _clean_state():
     keras.utils.set_random_seed(0)
-    policy = keras.config.dtype_policy()
-    yield
-    keras.config.set_dtype_policy(policy)
+    with state_kept():
+        yield
     if "matplotlib.pyplot" in sys.modules:
         sys.modules["matplotlib.pyplot"].close("all")
 
@@ -61,6 +63,22 @@ def backend() -> str:
     return keras.backend.backend()
 
 
+def _held(values: Iterable[Any]) -> Iterator[Any]:
+    for value in values:
+        yield value
+        if isinstance(value, (list, tuple, dict)):
+            yield from _held(value.values() if isinstance(value, dict) else value)
+
+
+def _shared(item: pytest.Item) -> Iterator[str]:
+    """Names of variables of a module, and of parameters, that hold what one test could change for another."""
+    variables = vars(item.module) if isinstance(item, pytest.Function) else {}
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    for name, value in [*variables.items(), *parameters.items()]:
+        if any(isinstance(each, (keras.layers.Layer, keras.Loss, keras.Metric)) for each in _held([value])):
+            yield f"{item.location[0]} {name if name in variables else item.name}"
+
+
 def pytest_addoption(parser):
     parser.addoption("--everywhere", action="store_true", help="on any backend, also what is marked `once`")
 
@@ -70,6 +88,9 @@ def pytest_collection_modifyitems(config, items):
     addresses = [item.nodeid for item in items if " at 0x" in item.nodeid]
     if addresses:
         raise pytest.UsageError(f"Expected names of tests that are the same in every worker. Received: {addresses}")
+    shared = sorted({name for item in items for name in _shared(item)})
+    if shared:
+        raise pytest.UsageError(f"Expected tests that make their layers and models themselves. Received: {shared}")
     backend = keras.backend.backend()
     if backend == "torch" or config.getoption("--everywhere"):
         return

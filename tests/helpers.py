@@ -1,10 +1,15 @@
 """What the tests measure with: explicit operators, random pairs, gradients."""
 
 import contextlib
+import gc
 import importlib
+from collections.abc import Iterator
 
 import keras
 import numpy as np
+
+import hkr_keras as hkr
+from hkr_keras.certification.rules import registry
 
 BACKEND = keras.backend.backend()
 
@@ -14,6 +19,32 @@ if BACKEND == "tensorflow":
     import tensorflow
 
     REFUSALS += (tensorflow.errors.InvalidArgumentError,)
+
+
+#: Functions that dispatch on classes of layers, each with a `register`, and all tables that may be added to.
+DISPATCHING = (hkr.geometry.kernel_geometries, hkr.geometry.weight_geometries, hkr.conversion.keras_layers)
+REGISTERS = (
+    *(registry.LAYERS, registry.MERGES, hkr.bounds.ACTIVATION_BOUNDS, keras.saving.get_custom_objects()),
+    *(gc.get_referents(function.registry)[0] for function in DISPATCHING),
+)
+SETTINGS = ("floatx", "epsilon", "image_data_format", "dtype_policy")
+
+
+@contextlib.contextmanager
+def state_kept() -> Iterator[None]:
+    """A context after which nothing is registered, and no setting of Keras changed, that was not so before."""
+    registered = [dict(register) for register in REGISTERS]
+    settings = {name: getattr(keras.config, name)() for name in SETTINGS}
+    try:
+        yield
+    finally:
+        for name, value in settings.items():
+            getattr(keras.config, f"set_{name}")(value)
+        for register, before in zip(REGISTERS, registered, strict=True):
+            register.clear()
+            register.update(before)
+        for function in DISPATCHING:
+            function._clear_cache()
 
 
 @contextlib.contextmanager

@@ -91,3 +91,11 @@ def test_pages_have_no_dead_ends():
         assert all(picture.startswith(RAW) for picture in pictures), "a package index shows absolute addresses only"
         targets = links + [picture.removeprefix(RAW) for picture in pictures]
         assert [target for target in targets if not (page.parent / target).exists()] == []
+
+
+def test_code_in_documents_is_at_most_88_wide():
+    """What the pages of the site and of the repository show without a scroll bar."""
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))):
+        blocks = re.findall(r"^( *)```[^\n]*\n(.*?)^\1```", page.read_text(), re.MULTILINE | re.DOTALL)
+        wide = [line for _, block in blocks for line in block.splitlines() if len(line) > 88]
+        assert (page.name, wide) == (page.name, [])

@@ -2,6 +2,7 @@ import itertools
 import math
 from collections import Counter
 
+import cases
 import keras
 import numpy as np
 import pytest
@@ -52,23 +53,23 @@ def test_overlap_multiplies_over_dimensions():
 
 
 @pytest.mark.parametrize(
-    ("layer", "gains"),
+    ("make", "gains"),
     [
-        (keras.layers.Dense(2), {"kernel": 1.0}),
-        (keras.layers.Conv1D(2, 3), {"kernel": math.sqrt(3)}),
-        (keras.layers.Conv2D(2, 3, strides=2), {"kernel": 2.0}),
-        (keras.layers.Conv2D(2, 3, strides=3), {"kernel": 1.0}),
-        (keras.layers.Conv2D(2, (3, 5), dilation_rate=2), {"kernel": math.sqrt(15)}),
-        (keras.layers.Conv3D(2, 2), {"kernel": math.sqrt(8)}),
-        (keras.layers.Conv2DTranspose(2, 4, strides=2), {"kernel": 2.0}),
-        (keras.layers.DepthwiseConv2D(3), {"kernel": 3.0}),
-        (keras.layers.SeparableConv1D(2, 4), {"depthwise_kernel": 2.0, "pointwise_kernel": 1.0}),
-        (keras.layers.Flatten(), {}),
+        (lambda: keras.layers.Dense(2), {"kernel": 1.0}),
+        (lambda: keras.layers.Conv1D(2, 3), {"kernel": math.sqrt(3)}),
+        (lambda: keras.layers.Conv2D(2, 3, strides=2), {"kernel": 2.0}),
+        (lambda: keras.layers.Conv2D(2, 3, strides=3), {"kernel": 1.0}),
+        (lambda: keras.layers.Conv2D(2, (3, 5), dilation_rate=2), {"kernel": math.sqrt(15)}),
+        (lambda: keras.layers.Conv3D(2, 2), {"kernel": math.sqrt(8)}),
+        (lambda: keras.layers.Conv2DTranspose(2, 4, strides=2), {"kernel": 2.0}),
+        (lambda: keras.layers.DepthwiseConv2D(3), {"kernel": 3.0}),
+        (lambda: keras.layers.SeparableConv1D(2, 4), {"depthwise_kernel": 2.0, "pointwise_kernel": 1.0}),
+        (keras.layers.Flatten, {}),
     ],
-    ids=lambda value: getattr(value, "name", ""),
+    ids=cases.name,
 )
-def test_gains(layer, gains):
-    assert {name: geometry.gain for name, geometry in kernel_geometries(layer).items()} == pytest.approx(gains)
+def test_gains(make, gains):
+    assert {name: geometry.gain for name, geometry in kernel_geometries(make()).items()} == pytest.approx(gains)
 
 
 @pytest.mark.parametrize(

@@ -21,14 +21,6 @@ def _seed():
     keras.utils.set_random_seed(0)
 
 
-@pytest.fixture
-def policy():
-    """Sets a dtype policy for one test."""
-    before = keras.config.dtype_policy()
-    yield keras.config.set_dtype_policy
-    keras.config.set_dtype_policy(before)
-
-
 def make_model(trainable=True):
     layers = hkr.layers
     return keras.Sequential(
@@ -156,10 +148,10 @@ def assert_orthonormal(model):
 
 @pytest.mark.parametrize("jit_compile", [False, True] if BACKEND != "torch" else [False])  # torch: its own test below
 @pytest.mark.parametrize("name", ["float32", "mixed_bfloat16", "mixed_float16"])
-def test_precision_and_compilation(policy, name, jit_compile):
+def test_precision_and_compilation(name, jit_compile):
     if BACKEND == "jax" and not jit_compile and name != "float32":
         pytest.skip("JAX in reduced precision, one operation at a time, takes long, and nobody trains so")
-    policy(name)
+    keras.config.set_dtype_policy(name)
     model = make_orthogonal_model()
     fit(model, keras.optimizers.Adam(1e-2), [hkr.callbacks.Orthonormalize()], jit_compile=jit_compile)
     assert model.jit_compile is jit_compile

@@ -169,13 +169,9 @@ def test_nested_inputs_of_few_digits_are_refused(dtype, rigorous):
 
 @pytest.mark.parametrize("floatx", ["float16", "bfloat16"])
 def test_a_global_floatx_of_few_digits_is_refused(model, floatx):
-    before = keras.config.floatx()
     keras.config.set_floatx(floatx)
-    try:
-        with pytest.raises(ValueError, match="floatx"):
-            hkr.certify(model, X, verbose=0)
-    finally:
-        keras.config.set_floatx(before)
+    with pytest.raises(ValueError, match="floatx"):
+        hkr.certify(model, X, verbose=0)
 
 
 # ---- one predictor per model ----------------------------------------------------------------------------------

@@ -121,18 +121,18 @@ def test_models_are_read_as_they_are_written():
 
 
 @pytest.mark.parametrize(
-    "layers",
+    "make",
     [
-        [K.Dense(3, activation="tanh"), K.Dense(2)],
-        [K.Dense(4), hkr.layers.GroupSort(2), K.Dense(2)],
-        [K.ReLU(), K.Dense(2)],
-        [K.Dense(3), K.ReLU(max_value=1.0), K.Dense(2)],
-        [K.Reshape((2, 2)), K.Dense(2)],
+        lambda: [K.Dense(3, activation="tanh"), K.Dense(2)],
+        lambda: [K.Dense(4), hkr.layers.GroupSort(2), K.Dense(2)],
+        lambda: [K.ReLU(), K.Dense(2)],
+        lambda: [K.Dense(3), K.ReLU(max_value=1.0), K.Dense(2)],
+        lambda: [K.Reshape((2, 2)), K.Dense(2)],
     ],
-    ids=lambda layers: layers[-2].__class__.__name__ + layers[0].__class__.__name__,
+    ids=["tanh", "GroupSort", "first", "max_value", "Reshape"],
 )
-def test_other_layers_are_named(layers):
-    model = keras.Sequential([keras.Input((4,)), *layers])
+def test_other_layers_are_named(make):
+    model = keras.Sequential([keras.Input((4,)), *make()])
     with pytest.raises(ValueError, match=r"Expected Dense layers with ReLU .* Received: \w+ '\w+'"):
         hkr.local_bound(model, np.zeros((1, 4)), 0.1)
 

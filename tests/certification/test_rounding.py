@@ -2,6 +2,7 @@
 
 import math
 
+import cases
 import keras
 import numpy as np
 import pytest
@@ -13,50 +14,6 @@ from hkr_keras.certification.prediction import Predictor
 from hkr_keras.certification.rounding import UNIT_ROUNDOFF, Affine, Tracer, layer_rounding, norms
 
 K, L, C = keras.layers, hkr.layers, keras.initializers.Constant
-
-LAYERS = [
-    # layer, input shape
-    (K.Dense(5), (300,)),
-    (K.Dense(4, activation="relu"), (3, 40)),
-    (L.LipschitzDense(4, activation="leaky_relu"), (40,)),
-    (K.Conv1D(4, 3, padding="causal", dilation_rate=2), (20, 3)),
-    (K.Conv2D(4, 3, strides=2, padding="same"), (9, 9, 5)),
-    (K.Conv2D(4, 3, groups=2), (7, 7, 4)),
-    (K.Conv3D(2, 2), (4, 4, 4, 2)),
-    (K.Conv1DTranspose(3, 4, strides=2), (9, 5)),
-    (K.Conv2DTranspose(3, 3, strides=2, padding="same"), (4, 4, 5)),
-    (K.DepthwiseConv2D(3, depth_multiplier=2), (6, 6, 3)),
-    (K.SeparableConv1D(4, 3, depth_multiplier=2, padding="same"), (12, 3)),
-    (L.LipschitzSeparableConv2D(4, 3), (6, 6, 3)),
-    (K.TimeDistributed(K.Dense(3)), (4, 50)),
-    (K.AveragePooling1D(3, 1, padding="same"), (9, 2)),
-    (K.AveragePooling2D(2), (6, 6, 3)),
-    (K.GlobalAveragePooling2D(), (9, 9, 3)),
-    (L.ScaledAveragePooling2D(3, 2, padding="same"), (7, 7, 2)),
-    (L.ScaledAveragePooling1D(4), (12, 3)),
-    (L.ScaledGlobalAveragePooling2D(), (9, 9, 2)),
-    (L.L2NormPooling2D(3), (9, 9, 2)),
-    (L.L2NormPooling1D(2, padding="same"), (9, 2)),
-    (L.GlobalL2NormPooling1D(), (50, 2)),
-    (K.BatchNormalization(), (6, 4)),
-    (K.Normalization(mean=[1.0, -30.0, 2.0], variance=[4.0, 0.3, 1.0]), (3,)),
-    (K.Rescaling(1 / 255, offset=-0.3), (20,)),
-    (L.LayerCentering(), (40,)),
-    (L.BatchCentering(), (5, 4)),
-    (L.GroupSort(2), (30,)),
-    (L.GroupSort(5), (30,)),
-    (L.MaxMin(), (30,)),
-    (L.Householder(), (30,)),
-    (L.Scale(-1 / 3), (10,)),
-    (K.ReLU(negative_slope=0.3), (10,)),
-    (K.LeakyReLU(negative_slope=0.7), (10,)),
-    (K.PReLU(alpha_initializer=keras.initializers.Constant(0.3)), (10,)),
-    (K.Activation("relu6"), (10,)),
-    (K.MaxPooling2D(2), (6, 6, 2)),
-    (K.Flatten(), (3, 3)),
-    (K.UpSampling2D(2), (3, 3, 2)),
-    (L.InvertibleDownsampling2D(2), (4, 4, 2)),
-]
 
 
 def in_float64(layer, shape):
@@ -77,10 +34,10 @@ def points(shape, batch=24):
 
 
 @pytest.mark.many
-@pytest.mark.parametrize(("layer", "shape"), LAYERS, ids=lambda value: getattr(value, "name", None))
-def test_rounding_of_a_layer_is_covered(layer, shape):
+@pytest.mark.parametrize(("make", "shape"), cases.ROUNDED, ids=cases.name)
+def test_rounding_of_a_layer_is_covered(make, shape):
     """At the centre, and at other points by the slope; the bound is of the right order where there is an error."""
-    x = points(shape)
+    layer, x = make(), points(shape)
     layer(x)
     if not isinstance(layer, L.LipschitzLayer):
         layer.set_weights([w + 0.2 * np.abs(normal(w.shape, i)) for i, w in enumerate(layer.get_weights())])
@@ -97,11 +54,9 @@ def test_rounding_of_a_layer_is_covered(layer, shape):
     assert np.all(found.at_centre <= 8 * (fan_in + 40) * UNIT_ROUNDOFF * (1 + np.max(norms(x))) * math.sqrt(fan_in))
 
 
-MERGES = [K.Add(), K.Average(), K.Maximum(), K.Concatenate(), L.LipschitzResidual()]
-
-
-@pytest.mark.parametrize("merge", [*MERGES, K.Subtract()], ids=lambda layer: layer.name)
-def test_rounding_of_a_merge_is_covered(merge):
+@pytest.mark.parametrize("cls", cases.MERGES)
+def test_rounding_of_a_merge_is_covered(cls):
+    merge = cls()
     xs = [points((20,)), points((20,))[::-1].copy()]
     y = to_numpy(merge(xs))
     with double_precision():
@@ -112,32 +67,7 @@ def test_rounding_of_a_merge_is_covered(merge):
     assert len(found.slope) == 2
 
 
-def mlp():
-    return keras.Sequential([keras.Input((30,)), K.Dense(40), L.GroupSort(2), K.Dense(20), K.Dense(3)])
-
-
-def cnn():
-    return keras.Sequential(
-        [
-            *(keras.Input((8, 8, 1)), L.LipschitzConv2D(8, 3, padding="same"), L.MaxMin(), L.L2NormPooling2D(2)),
-            *(L.BatchCentering(), K.Flatten(), L.LipschitzDense(10), L.FullSort(), K.Dropout(0.5), L.Scale(2.0)),
-            *(K.Dense(3), L.Scale(-0.7)),
-        ]
-    )
-
-
-def residual():
-    x = keras.Input((30,))
-    h = L.LipschitzDense(30)(x)
-    h = L.LipschitzResidual()([x, L.GroupSort(2)(h)])
-    h = K.Add()([K.Average()([h, x]), K.Subtract()([x, h])])
-    return keras.Model(x, K.Dense(3)(K.Concatenate()([h, x])))
-
-
-MODELS = [mlp, cnn, residual]
-
-
-@pytest.mark.parametrize("make", MODELS)
+@pytest.mark.parametrize("make", cases.MODELS)
 def test_rounding_of_a_model_is_covered(make):
     model = make()
     model.set_weights([w + 0.05 * normal(w.shape, i) for i, w in enumerate(model.get_weights())])
@@ -179,7 +109,7 @@ def certify(model, x, **kwargs):
     return hkr.certify(model, x, verbose=0, rigorous=True, **kwargs)
 
 
-@pytest.mark.parametrize("make", MODELS)
+@pytest.mark.parametrize("make", cases.MODELS)
 def test_a_rigorous_radius_is_smaller_and_little_so(make):
     model, x = make(), normal((50, *make().input_shape[1:]))
     plain, rigorous = hkr.certify(model, x, verbose=0), certify(model, x, batch_size=16)
@@ -269,11 +199,12 @@ def test_normal_but_tiny_weights_are_not_certified():
     assert certify(model, np.array([[1.0, 0.0]])).radius.tolist() == [0.0]
 
 
-@pytest.mark.parametrize("first", [L.Scale(1e-41), K.Rescaling(1e-41), L.Scale(1e-30)])
-@pytest.mark.parametrize("last", [L.Scale(1e30), K.Rescaling(1e38)])
+@pytest.mark.parametrize("first", [(L.Scale, 1e-41), (K.Rescaling, 1e-41), (L.Scale, 1e-30)])
+@pytest.mark.parametrize("last", [(L.Scale, 1e30), (K.Rescaling, 1e38)])
 def test_factors_that_underflow_are_not_certified(first, last):
     """Tiny numbers times large ones: what was flushed to 0 on the way counts as much as the signal."""
-    model = two_class(type(first).from_config(first.get_config()), L.Scale(1e-10), K.Dense(2), last)
+    first, last = (cls(factor) for cls, factor in (first, last))
+    model = two_class(first, L.Scale(1e-10), K.Dense(2), last)
     assert certify(model, np.array([[1.0, 0.0]], "float32")).radius[0] == 0.0
 
 
@@ -286,7 +217,7 @@ def test_inputs_in_float64_lose_what_rounding_moves_them_by():
 
 
 def test_images_without_a_channel_axis():
-    model, x = cnn(), normal((5, 8, 8))
+    model, x = cases.cnn(), normal((5, 8, 8))
     np.testing.assert_allclose(certify(model, x).radius, certify(model, x[..., None]).radius)
 
 
@@ -371,10 +302,7 @@ def test_models_whose_layers_cannot_be_seen():
 def test_a_registered_layer_is_covered():
     model = unknown()
     layer_rounding.register(Unknown, lambda layer: rounding.relative(0.0))
-    try:
-        assert certify(model, np.array([[1.0, 0.5]])).radius[0] > 0
-    finally:
-        layer_rounding.register(Unknown, layer_rounding.dispatch(object))
+    assert certify(model, np.array([[1.0, 0.5]])).radius[0] > 0
 
 
 def test_reduced_precision_is_noticed(monkeypatch):
@@ -397,7 +325,7 @@ def test_predictions_that_round_more_than_the_layers_are_noticed(monkeypatch):
 
 
 def test_scores_intervals_and_top_k_have_it_too():
-    model, x = mlp(), normal((6, 30))
+    model, x = cases.mlp(), normal((6, 30))
     exact, rigorous = (hkr.certify_top_k(model, x, k=2, verbose=0, rigorous=flag).radius for flag in (False, True))
     assert np.all(rigorous <= exact)
     assert np.any(rigorous < exact)

@@ -2,10 +2,11 @@
 
 import math
 
+import cases
 import keras
 import numpy as np
 import pytest
-from helpers import check_layer, flat, gradient, largest_ratio, normal, to_numpy
+from helpers import check_layer, flat, gradient, largest_ratio, normal, state_kept, to_numpy
 from keras import ops
 
 import hkr_keras as hkr
@@ -52,20 +53,20 @@ def test_bad_group_size(n):
 
 
 @pytest.mark.parametrize(
-    ("layer", "shape"),
+    ("make", "shape"),
     [
-        (L.GroupSort(2), (None, 5)),
-        (L.GroupSort(3), (None, 4, 4)),
-        (L.GroupSort(2, axis=1), (None, 5, 4)),
-        (L.GroupSort(2), (None, 4, None)),
-        (L.MaxMin(), (None, 3)),
-        (L.Householder(), (None, 7)),
+        (lambda: L.GroupSort(2), (None, 5)),
+        (lambda: L.GroupSort(3), (None, 4, 4)),
+        (lambda: L.GroupSort(2, axis=1), (None, 5, 4)),
+        (lambda: L.GroupSort(2), (None, 4, None)),
+        (L.MaxMin, (None, 3)),
+        (L.Householder, (None, 7)),
     ],
-    ids=lambda value: getattr(value, "name", str(value)),
+    ids=lambda value: cases.name(value) or str(value),
 )
-def test_channels_that_do_not_divide_are_refused(layer, shape):
+def test_channels_that_do_not_divide_are_refused(make, shape):
     with pytest.raises(ValueError, match=r"Received: input_shape=\("):
-        layer.build(shape)
+        make().build(shape)
 
 
 def test_max_min_and_full_sort():
@@ -134,16 +135,13 @@ def test_householder_is_continuous_for_any_angle(seed):
 
 @pytest.mark.parametrize("make", ACTIVATIONS)
 def test_the_axis_is_that_of_the_data_format_when_it_is_left_out(make):
-    usual = keras.config.image_data_format()
-    try:
+    with state_kept():
         keras.config.set_image_data_format("channels_first")
         layer = make(None)
         x = normal((2, 8, 3, 5))
         np.testing.assert_allclose(to_numpy(layer(x)), to_numpy(make(1)(x)))
         vector = make(None)(x[:, :, 0, 0])
         np.testing.assert_allclose(to_numpy(vector), to_numpy(make(-1)(x[:, :, 0, 0])))
-    finally:
-        keras.config.set_image_data_format(usual)
     config = layer.get_config()
     assert config["axis"] == 1  # a file means the same everywhere
     np.testing.assert_allclose(to_numpy(type(layer).from_config(config)(x)), to_numpy(make(1)(x)))

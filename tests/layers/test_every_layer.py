@@ -1,5 +1,6 @@
 """What every layer without a kernel can do: sizes known late, half precision, files, training."""
 
+import cases
 import keras
 import numpy as np
 import pytest
@@ -10,18 +11,8 @@ import hkr_keras as hkr
 L = hkr.layers
 
 
-SEQUENCES = [
-    # layers that take (4, 4, 4)
-    *(lambda: L.GroupSort(2), lambda: L.GroupSort(4), L.MaxMin, L.FullSort),
-    *(L.Householder, lambda: L.ScaledAveragePooling2D(2), lambda: L.L2NormPooling2D(3, 1, "same")),
-    *(L.ScaledGlobalAveragePooling2D, L.GlobalL2NormPooling2D),
-    *(lambda: L.InvertibleDownsampling2D(2), lambda: L.InvertibleUpsampling2D(2)),
-    *(L.LayerCentering, L.BatchCentering, lambda: L.Scale(2.0)),
-]
-
-
 @pytest.mark.many
-@pytest.mark.parametrize("make", SEQUENCES)
+@pytest.mark.parametrize("make", cases.IMAGES)
 def test_dynamic_sizes(make):
     layer = make()
     model = keras.Sequential([keras.Input((None, None, 4)), layer])
@@ -34,7 +25,7 @@ def test_dynamic_sizes(make):
 
 @pytest.mark.many
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
-@pytest.mark.parametrize("make", [*SEQUENCES, lambda: L.L2NormPooling2D(2, padding="same")])
+@pytest.mark.parametrize("make", [*cases.IMAGES, lambda: L.L2NormPooling2D(2, padding="same")])
 def test_mixed_precision(make, policy):
     layer = make()
     half = type(layer).from_config({**layer.get_config(), "dtype": policy})
@@ -48,7 +39,7 @@ def test_mixed_precision(make, policy):
 def test_a_model_with_one_of_each_comes_back_from_its_file(tmp_path):
     image = keras.Input((8, 8, 4))
     x = image
-    for make in (*SEQUENCES[:5], SEQUENCES[6], *SEQUENCES[9:14]):
+    for make in (*cases.IMAGES[:5], cases.IMAGES[6], *cases.IMAGES[9:14]):
         x = make()(x)
     x = L.LipschitzResidual()([x, image])
     x = L.ScaledAveragePooling2D(2)(x)
@@ -78,7 +69,7 @@ def test_a_model_with_one_of_each_comes_back_from_its_file(tmp_path):
 
 
 @pytest.mark.many
-@pytest.mark.parametrize("make", SEQUENCES)
+@pytest.mark.parametrize("make", cases.IMAGES)
 def test_layers_train_inside_fit(make):
     model = keras.Sequential([keras.Input((4, 4, 4)), make(), keras.layers.Flatten(), L.LipschitzDense(1)])
     model.compile("sgd", loss="mse", jit_compile=BACKEND == "jax")
