@@ -22,10 +22,8 @@ __all__ = [
     "ATTACKS",
     "BrokenCertificate",
     "Robustness",
-    "art_classifier",
     "as_logits",
     "evaluate_robustness",
-    "foolbox_model",
 ]
 
 ROUNDING = 1e-5  # of |x| + radius: how far from its boundary a float32 network may change its prediction

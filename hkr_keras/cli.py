@@ -491,7 +491,7 @@ def _write_csv(path: pathlib.Path, certificate: Any, y: Any) -> None:
 
 def _export(options: argparse.Namespace) -> None:
     import hkr_keras as hkr
-    from hkr_keras.exporting import certificate_path
+    from hkr_keras.exporting.certificate import certificate_path
 
     certificate = hkr.export(_load_model(options.model), options.output, options.format, options.preprocessing)
     print(f"{options.output}: constant {certificate.bound:.6g}; radii from {certificate_path(options.output).name}")

@@ -20,7 +20,6 @@ __all__ = [
     "Orthonormal",
     "SpectralBall",
     "UnitNorm",
-    "constrained_kernels",
     "project",
 ]
 

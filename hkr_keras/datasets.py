@@ -13,7 +13,7 @@ import zlib
 import keras
 import numpy as np
 
-__all__ = ["NAMES", "Dataset", "load"]
+__all__ = ["Dataset", "load"]
 
 NAMES = ("digits", "moons", "mnist", "fashion_mnist", "cifar10")
 _BROKEN = (AttributeError, EOFError, KeyError, OSError, TypeError, ValueError, zipfile.BadZipFile, zlib.error)

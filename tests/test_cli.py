@@ -196,7 +196,7 @@ def test_radii_out_of_range(epsilon, capsys):
 
 def test_choices_are_those_of_the_package():
     assert tuple(cli._DEFAULTS) == hkr.datasets.NAMES
-    assert tuple(cli._FORMATS) == hkr.exporting.FORMATS
+    assert tuple(cli._FORMATS) == hkr.exporting.certificate.FORMATS
 
 
 def test_demo_with_data_of_ones_own(tmp_path, capsys):

@@ -202,25 +202,12 @@ def test_every_form_of_labels_and_predictions_gives_the_same_value(cls):
             assert float(make(cls)(convert(y), predictions)) == close(expected), (name, predictions.shape)
 
 
-FUNCTIONS = {
-    hkr.losses.kr: KR,
-    hkr.losses.hinge: HingeMargin,
-    hkr.losses.multiclass_kr: MulticlassKR,
-    hkr.losses.multiclass_hinge: MulticlassHinge,
-    hkr.losses.multi_margin: MultiMargin,
-    hkr.losses.soft_hkr: SoftHKR,
-    hkr.losses.log_sum_exp_hkr: LogSumExpHKR,
-    hkr.losses.margin_crossentropy: MarginCrossentropy,
-}
-
-
-@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
-def test_functions_give_one_value_per_sample(function):
-    cls = FUNCTIONS[function]
+@each_loss
+def test_there_is_one_value_per_sample(cls):
     y, f = sample(cls)
     labels = [y, 2 * y - 1, y == 1] if cls in BINARY else [y, np.eye(CLASSES)[y], np.eye(CLASSES)[y] == 1]
     for label in labels:
-        values = function(ops.convert_to_tensor(label), ops.convert_to_tensor(f), **LOSSES[cls][0])
+        values = cls.values(ops.convert_to_tensor(label), ops.convert_to_tensor(f), None, **LOSSES[cls][0])
         assert tuple(values.shape) == (N,)
         assert float(ops.mean(values)) == close(LOSSES[cls][1](y, f, np.ones(N)))
 

@@ -19,7 +19,7 @@ from hkr_keras.certification.radii import decide, output_constants, pair_constan
 from hkr_keras.conversion.to_keras import to_keras
 from hkr_keras.geometry import kernel_geometries
 
-__all__ = ["FORMATS", "ExportedCertificate", "certificate_path", "constants", "file_hash"]
+__all__ = ["ExportedCertificate"]
 
 FORMATS = ("tf_saved_model", "onnx", "litert")
 _METHODS = ("score", "pairwise", "logits")

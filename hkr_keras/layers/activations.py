@@ -10,14 +10,14 @@ from keras import ops
 from hkr_keras._registration import registered
 from hkr_keras.layers.base import PlainLayers
 
-__all__ = ["FullSort", "GroupSort", "Householder", "MaxMin", "group_sort", "householder", "pair_differences"]
+__all__ = ["FullSort", "GroupSort", "Householder", "MaxMin"]
 
 Tensor = Any
 
 _MATRIX_CHANNELS = 64  # up to here a product with a constant matrix is cheap
 
 
-def group_sort(x: Tensor, n: int = 2, axis: int = -1) -> Tensor:
+def _group_sort(x: Tensor, n: int = 2, axis: int = -1) -> Tensor:
     """Sorts groups of `n` neighbouring channels in ascending order.
 
     Args:
@@ -30,7 +30,7 @@ def group_sort(x: Tensor, n: int = 2, axis: int = -1) -> Tensor:
 
     Example:
 
-    >>> ops.convert_to_numpy(group_sort(ops.array([[3.0, 1.0, 2.0, 4.0]]))).tolist()
+    >>> ops.convert_to_numpy(_group_sort(ops.array([[3.0, 1.0, 2.0, 4.0]]))).tolist()
     [[1.0, 3.0, 2.0, 4.0]]
 
     Reference:
@@ -55,7 +55,7 @@ def group_sort(x: Tensor, n: int = 2, axis: int = -1) -> Tensor:
     return ops.reshape(groups, shape)
 
 
-def pair_differences(channels: int) -> np.ndarray:
+def _pair_differences(channels: int) -> np.ndarray:
     """The matrix `(channels, channels / 2)` that takes the difference of every pair of neighbours."""
     identity, even = np.eye(channels, dtype="float32"), np.arange(channels) % 2 == 0
     return identity[:, even] - identity[:, ~even]
@@ -66,7 +66,7 @@ def _sort_pairs_by_matrix(x: Tensor, channels: int) -> Tensor:
 
     The matrices hold 0, 1 and -1, so all that is rounded is one difference and one sum.
     """
-    difference = pair_differences(channels)
+    difference = _pair_differences(channels)
     excess = ops.relu(ops.matmul(x, ops.convert_to_tensor(difference, dtype=x.dtype)))
     return x + ops.matmul(excess, ops.convert_to_tensor(-difference.T, dtype=x.dtype))
 
@@ -85,7 +85,7 @@ def _matrix_width(channels: int) -> int:
     return width if backend == "tensorflow" and width >= 8 else 0
 
 
-def householder(x: Tensor, angles: Tensor, axis: int = -1) -> Tensor:
+def _householder(x: Tensor, angles: Tensor, axis: int = -1) -> Tensor:
     """Reflects the pairs of channels `(i, i + channels / 2)` that lie on one side of a line through 0.
 
     With `a, b` the pair and `t` its angle: `(a, b)` where `a sin(t/2) > b cos(t/2)`, else
@@ -195,12 +195,12 @@ class GroupSort(_ChannelActivation):
         self.n = self.group = n
 
     def call(self, inputs: Tensor) -> Tensor:
-        return group_sort(inputs, self.n, self.axis)
+        return _group_sort(inputs, self.n, self.axis)
 
     def _as_keras(self, new: PlainLayers, x: Tensor) -> Tensor:
         *sizes, channels = x.shape[1:]
         if self.n == 2 and channels <= _MATRIX_CHANNELS:
-            return _reflected(new, x, pair_differences(channels), 1.0)
+            return _reflected(new, x, _pair_differences(channels), 1.0)
         if None in sizes:
             raise ValueError(f"Expected inputs of known size to convert '{self.name}'. Received: shape={x.shape}")
         groups = new(keras.layers.Reshape, (*sizes, channels // self.n, self.n))(x)
@@ -310,7 +310,7 @@ class Householder(_ChannelActivation):
         )
 
     def call(self, inputs: Tensor) -> Tensor:
-        return householder(inputs, self.angles, self.axis)
+        return _householder(inputs, self.angles, self.axis)
 
     def _as_keras(self, new: PlainLayers, x: Tensor) -> Tensor:
         half = ops.convert_to_numpy(self.angles) / 2

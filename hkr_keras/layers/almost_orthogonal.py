@@ -12,7 +12,7 @@ from hkr_keras._registration import registered
 from hkr_keras.geometry import Geometry, kernel_geometries, weight_geometries
 from hkr_keras.layers.base import ComposedKernel, LipschitzLayer, PlainLayers, at_least_float32
 
-__all__ = ["AOLConv2D", "AOLDense", "SLLConv2D", "SLLDense", "almost_orthogonal"]
+__all__ = ["AOLConv2D", "AOLDense", "SLLConv2D", "SLLDense"]
 
 Tensor = Any
 
@@ -20,7 +20,7 @@ _SMALLEST = 1e-6  # a channel weaker than this, relative to the largest entry, i
 _TINY = 1e-30
 
 
-def almost_orthogonal(kernel: Tensor, strides: Sequence[int] = ()) -> Tensor:
+def _almost_orthogonal(kernel: Tensor, strides: Sequence[int] = ()) -> Tensor:
     """Rescales the channels of a kernel so that its operator norm is at most 1, for every size and zero padding.
 
     `K diag(t)` with `t_i^2 = s_i / sum_j C_ij s_j`, where `C_ij = sum_d |<K_i, K_j moved by d>|` is the
@@ -40,7 +40,7 @@ def almost_orthogonal(kernel: Tensor, strides: Sequence[int] = ()) -> Tensor:
 
     Example:
 
-    >>> ops.convert_to_numpy(almost_orthogonal(ops.array([[3.0, 0.0], [0.0, 0.5]]))).round(5).tolist()
+    >>> ops.convert_to_numpy(_almost_orthogonal(ops.array([[3.0, 0.0], [0.0, 0.5]]))).round(5).tolist()
     [[1.0, 0.0], [0.0, 1.0]]
 
     Reference:
@@ -115,7 +115,7 @@ class _Rescaled(ComposedKernel):
         return self.unscaled
 
     def compose(self) -> Any:
-        return almost_orthogonal(at_least_float32(self.unscaled), self.strides)
+        return _almost_orthogonal(at_least_float32(self.unscaled), self.strides)
 
 
 @weight_geometries.register(_Rescaled)
@@ -205,7 +205,7 @@ class _Residual(LipschitzLayer, keras.layers.Layer):
     @property
     def kernel(self) -> Any:
         """W, computed from the weight `unscaled` wherever it is read."""
-        return almost_orthogonal(at_least_float32(self.unscaled), self.strides)
+        return _almost_orthogonal(at_least_float32(self.unscaled), self.strides)
 
     def _stored(self) -> list:
         return [ops.convert_to_numpy(weight) for weight in (self.kernel, self.bias)]

@@ -9,7 +9,7 @@ from keras import ops
 from hkr_keras import constraints
 from hkr_keras.geometry import weight_geometries
 
-__all__ = ["ComposedKernel", "LipschitzLayer", "PlainLayers", "at_least_float32", "keras_class"]
+__all__ = ["ComposedKernel", "LipschitzLayer", "PlainLayers"]
 
 Tensor: TypeAlias = Any
 Layer: TypeAlias = keras.layers.Layer

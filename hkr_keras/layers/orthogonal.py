@@ -19,11 +19,6 @@ __all__ = [
     "OrthogonalConv1DTranspose",
     "OrthogonalConv2D",
     "OrthogonalConv2DTranspose",
-    "block_convolution",
-    "dilated",
-    "orthogonal_kernel",
-    "two_tap_steps",
-    "wrap",
 ]
 
 Tensor = Any
@@ -31,7 +26,7 @@ Tensor = Any
 _SHRINK = 1.0 - 2.0**-18  # float32 leaves up to 2e-6 above 1 in the norm of a kernel composed of wide factors
 
 
-def block_convolution(kernel: Tensor, projection: Tensor, axis: int, flipped: bool = False) -> Tensor:
+def _block_convolution(kernel: Tensor, projection: Tensor, axis: int, flipped: bool = False) -> Tensor:
     """A convolution after the two-tap convolution `[P, I - P]`, as one kernel with one more tap.
 
     For an orthogonal projection P the two-tap convolution is orthogonal: it moves what P leaves out by one
@@ -48,7 +43,7 @@ def block_convolution(kernel: Tensor, projection: Tensor, axis: int, flipped: bo
 
     Example:
 
-    >>> kernel = block_convolution(ops.ones((1, 1, 1, 1)), 0.25 * ops.ones((1, 1, 1)), axis=2)
+    >>> kernel = _block_convolution(ops.ones((1, 1, 1, 1)), 0.25 * ops.ones((1, 1, 1)), axis=2)
     >>> ops.convert_to_numpy(kernel).ravel().tolist()
     [0.25, 0.75]
 
@@ -66,12 +61,12 @@ def block_convolution(kernel: Tensor, projection: Tensor, axis: int, flipped: bo
     return ops.pad(kept, after) + ops.pad(moved, before)
 
 
-def dilated(kernel: Tensor, rates: Sequence[int]) -> Tensor:
+def _dilated(kernel: Tensor, rates: Sequence[int]) -> Tensor:
     """A kernel `(*window, ...)` with zeros between its taps: dilation written out.
 
     Example:
 
-    >>> ops.convert_to_numpy(dilated(ops.array([1.0, 2.0]), (3,))).tolist()
+    >>> ops.convert_to_numpy(_dilated(ops.array([1.0, 2.0]), (3,))).tolist()
     [1.0, 0.0, 0.0, 2.0]
     """
     for axis, rate in enumerate(rates):
@@ -85,7 +80,9 @@ def dilated(kernel: Tensor, rates: Sequence[int]) -> Tensor:
     return kernel
 
 
-def orthogonal_kernel(mixing: Tensor, bases: Tensor | None, window: Sequence[int], inputs: int, groups: int = 1) -> Any:
+def _orthogonal_kernel(
+    mixing: Tensor, bases: Tensor | None, window: Sequence[int], inputs: int, groups: int = 1
+) -> Tensor:
     """The kernel of an orthogonal convolution, composed of orthonormal factors.
 
     A convolution with window = strides and orthonormal matrix, after one two-tap convolution `[P, I - P]` for
@@ -106,7 +103,7 @@ def orthogonal_kernel(mixing: Tensor, bases: Tensor | None, window: Sequence[int
 
     Example:
 
-    >>> kernel = orthogonal_kernel(ops.ones((1, 1, 1)), None, window=(3,), inputs=1)
+    >>> kernel = _orthogonal_kernel(ops.ones((1, 1, 1)), None, window=(3,), inputs=1)
     >>> ops.convert_to_numpy(kernel).ravel().tolist()
     [0.0, 1.0, 0.0]
 
@@ -117,24 +114,24 @@ def orthogonal_kernel(mixing: Tensor, bases: Tensor | None, window: Sequence[int
     rank, outputs = len(strides), filters // groups
     kernel = ops.reshape(mixing, (*strides, channels, groups, outputs))
     kernel = ops.transpose(kernel, (rank + 1, rank, *range(rank), rank + 2))
-    steps = two_tap_steps(window, strides)
+    steps = _two_tap_steps(window, strides)
     if bases is None:
         projections = [ops.zeros((groups, channels, channels), dtype=mixing.dtype)] * len(steps)
     else:
         bases = ops.reshape(ops.transpose(bases, (1, 0, 2)), (len(steps), groups, channels, -1))
         projections = ops.unstack(ops.matmul(bases, ops.swapaxes(bases, -1, -2)), len(steps))
     for (axis, flipped), projection in zip(steps, projections, strict=True):
-        kernel = block_convolution(kernel, projection, axis + 2, flipped)
+        kernel = _block_convolution(kernel, projection, axis + 2, flipped)
     kernel = ops.transpose(kernel[:, :inputs], (*range(2, rank + 2), 1, 0, rank + 2))
     return ops.reshape(kernel, (*window, inputs, filters))
 
 
-def two_tap_steps(window: Sequence[int], strides: Sequence[int]) -> list[tuple[int, bool]]:
+def _two_tap_steps(window: Sequence[int], strides: Sequence[int]) -> list[tuple[int, bool]]:
     """`(axis, flipped)` of every two-tap convolution: axes in turn, and directions too, to stay in the centre.
 
     Example:
 
-    >>> two_tap_steps((3, 2), (1, 1))
+    >>> _two_tap_steps((3, 2), (1, 1))
     [(0, False), (1, False), (0, True)]
     """
     extra = [k - s for k, s in zip(window, strides, strict=True)]
@@ -142,7 +139,7 @@ def two_tap_steps(window: Sequence[int], strides: Sequence[int]) -> list[tuple[i
     return [(axis, turn % 2 == 1) for turn, axis in turns if turn < extra[axis]]
 
 
-def wrap(x: Tensor, axis: int, before: int, after: int) -> Tensor:
+def _wrap(x: Tensor, axis: int, before: int, after: int) -> Tensor:
     """Continues an axis periodically: the last `before` entries in front, the first `after` ones behind.
 
     Args:
@@ -156,7 +153,7 @@ def wrap(x: Tensor, axis: int, before: int, after: int) -> Tensor:
 
     Example:
 
-    >>> ops.convert_to_numpy(wrap(ops.array([1, 2, 3]), axis=0, before=2, after=1)).tolist()
+    >>> ops.convert_to_numpy(_wrap(ops.array([1, 2, 3]), axis=0, before=2, after=1)).tolist()
     [2, 3, 1, 2, 3, 1]
     """
     size = x.shape[axis]
@@ -203,7 +200,7 @@ class _OrthogonalConvolution(ComposedKernel):
         *window, inputs, filters = shape
         area, outputs = math.prod(self.strides), filters // self.groups
         channels = max(inputs, outputs // area)
-        pairs = len(two_tap_steps(window, self.strides))
+        pairs = len(_two_tap_steps(window, self.strides))
         kwargs["autocast"] = False  # half precision would lose the orthogonality of the factors
         if pairs and channels > 1:
             self.bases = super().add_weight(
@@ -218,7 +215,7 @@ class _OrthogonalConvolution(ComposedKernel):
     def compose(self) -> Any:
         bases = None if self.bases is None else at_least_float32(self.bases)
         mixing = at_least_float32(self.mixing)
-        return _SHRINK * orthogonal_kernel(mixing, bases, self.kernel_size, self._inputs, self.groups)
+        return _SHRINK * _orthogonal_kernel(mixing, bases, self.kernel_size, self._inputs, self.groups)
 
     def _axes(self) -> Any:
         """Axes of the inputs along which the window runs."""
@@ -227,7 +224,7 @@ class _OrthogonalConvolution(ComposedKernel):
 
     def _wrap(self, inputs: Any, before: Any, after: Any) -> Any:
         for axis, left, right in zip(self._axes(), before, after, strict=True):
-            inputs = wrap(inputs, axis, left, right)
+            inputs = _wrap(inputs, axis, left, right)
         return inputs
 
     def _check_circle(self, shape: Any, lengths: Any, multiples: Any) -> None:
@@ -332,7 +329,7 @@ class _OrthogonalConvTranspose(_OrthogonalConvolution):
         shape = inputs.shape
         if self.circular:
             inputs = self.continued(inputs)
-        kernel = dilated(kernel, self.dilation_rate)  # TensorFlow has no transposed convolution with gaps on most CPUs
+        kernel = _dilated(kernel, self.dilation_rate)  # TensorFlow has no transposed convolution with gaps on most CPUs
         outputs = ops.conv_transpose(
             inputs, kernel, list(self.strides), self.padding, self.output_padding, self.data_format
         )

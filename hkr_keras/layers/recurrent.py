@@ -11,7 +11,7 @@ from hkr_keras._registration import registered
 from hkr_keras.geometry import Geometry, kernel_geometries
 from hkr_keras.layers.base import Layer, LipschitzLayer, PlainLayers
 
-__all__ = ["LipschitzSimpleRNN", "LipschitzSimpleRNNCell", "recurrence_bound"]
+__all__ = ["LipschitzSimpleRNN", "LipschitzSimpleRNNCell"]
 
 _EXACT_LENGTH = 512  # up to here the norm of the matrix of powers is computed, beyond it is bounded
 

@@ -9,7 +9,7 @@ from hkr_keras._registration import registered
 from hkr_keras.geometry import Geometry, weight_geometries
 from hkr_keras.layers.base import ComposedKernel, at_least_float32
 
-__all__ = ["ReflectorDense", "orthonormal_factor", "reflect"]
+__all__ = ["ReflectorDense"]
 
 # Products are written with @, since `ops.matmul` of float64 tensors is float32 on PyTorch.
 
@@ -26,7 +26,7 @@ def _at_least(x: Tensor, least: float) -> Tensor:
     return ops.where(x > least, x, ops.full_like(x, least))
 
 
-def orthonormal_factor(vectors: Tensor) -> Tensor:
+def _orthonormal_factor(vectors: Tensor) -> Tensor:
     """Y with the range of V and `Y Y^T = V (V^T V + eps I)^-1 V^T`: nearly orthonormal columns, by a Cholesky factor.
 
     `Y = V L^-T` with `L L^T = V^T V + eps I`, for columns of V scaled to norm 1 and `eps = 1e-6 rank`. So the singular
@@ -41,7 +41,7 @@ def orthonormal_factor(vectors: Tensor) -> Tensor:
 
     Example:
 
-    >>> factor = orthonormal_factor(ops.array([[3.0, 3.0], [0.0, 4.0], [0.0, 0.0]]))
+    >>> factor = _orthonormal_factor(ops.array([[3.0, 3.0], [0.0, 4.0], [0.0, 0.0]]))
     >>> (abs(ops.convert_to_numpy(factor)).round(4) + 0.0).tolist()
     [[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]
 
@@ -60,7 +60,7 @@ def orthonormal_factor(vectors: Tensor) -> Tensor:
     return v @ ops.transpose(ops.stop_gradient(inverse))
 
 
-def reflect(x: Tensor, factor: Tensor, units: int) -> Tensor:
+def _reflect(x: Tensor, factor: Tensor, units: int) -> Tensor:
     """`x - 2 P x` with `P = Y (2 I - Y^T Y) Y^T`, for vectors continued by zeros or cut to `units` entries.
 
     For every Y of norm at most `sqrt 2`, P has eigenvalues in [0, 1], so that the norm of the result is at most that of
@@ -77,7 +77,7 @@ def reflect(x: Tensor, factor: Tensor, units: int) -> Tensor:
 
     Example:
 
-    >>> ops.convert_to_numpy(reflect(ops.array([[3.0, 4.0]]), ops.array([[1.0], [0.0]]), 2)).tolist()
+    >>> ops.convert_to_numpy(_reflect(ops.array([[3.0, 4.0]]), ops.array([[1.0], [0.0]]), 2)).tolist()
     [[-3.0, 4.0]]
     """
     inputs, rank = x.shape[-1], factor.shape[-1]
@@ -152,14 +152,14 @@ class ReflectorDense(ComposedKernel, keras.layers.Dense):
         return self.vectors
 
     def compose(self) -> Tensor:
-        factor = orthonormal_factor(at_least_float32(self.vectors))
-        return reflect(_SHRINK * ops.eye(self._inputs, dtype=factor.dtype), factor, self.units)
+        factor = _orthonormal_factor(at_least_float32(self.vectors))
+        return _reflect(_SHRINK * ops.eye(self._inputs, dtype=factor.dtype), factor, self.units)
 
     def call(self, inputs: Tensor) -> Tensor:
         if self.kernel_regularizer is not None:
             self.add_loss(self.kernel_regularizer(self.kernel))
-        factor = ops.cast(orthonormal_factor(at_least_float32(self.vectors)), self.compute_dtype)
-        outputs = reflect(_SHRINK * inputs, factor, self.units)
+        factor = ops.cast(_orthonormal_factor(at_least_float32(self.vectors)), self.compute_dtype)
+        outputs = _reflect(_SHRINK * inputs, factor, self.units)
         outputs = outputs + self.bias if self.use_bias else outputs
         return outputs if self.activation is None else self.activation(outputs)
 

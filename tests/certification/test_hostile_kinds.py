@@ -1307,12 +1307,12 @@ def test_weights_outside_an_onnx_file_are_hashed(tmp_path):
     path = tmp_path / "net.onnx"
     hkr.export(sequential((8,), K.Dense(8)), path, "onnx")
     onnx.save_model(onnx.load(path), path, save_as_external_data=True, location="weights.bin", size_threshold=0)
-    before = exporting.file_hash(path)
+    before = exporting.certificate.file_hash(path)
     weights = tmp_path / "weights.bin"
     content = bytearray(weights.read_bytes())
     content[3] ^= 255
     weights.write_bytes(bytes(content))
-    assert exporting.file_hash(path) != before
+    assert exporting.certificate.file_hash(path) != before
 
 
 @pytest.mark.skipif("litert" not in FORMATS, reason="needs LiteRT")

@@ -142,7 +142,7 @@ def test_broken_certificates_are_refused(change):
 
 
 def test_smaller_constants_than_those_of_the_model_are_noticed(exported, trained, digits):
-    path = exporting.certificate_path(exported)
+    path = exporting.certificate.certificate_path(exported)
     certificate = exporting.ExportedCertificate.from_json(path.read_text())
     path.write_text(dataclasses.replace(certificate, distances=certificate.distances / 2).to_json())
     differences = " ".join(exporting.load(exported).verify(trained, digits.x_test[:20]).differences)
@@ -178,13 +178,13 @@ def test_weights_in_a_file_of_their_own_count(tmp_path):
     for path in tmp_path.iterdir():
         path.unlink() if path.name != "net.onnx.certificate.json" else None
     onnx.save(model, tmp_path / "net.onnx", save_as_external_data=True, location="weights.bin", size_threshold=16)
-    before = exporting.file_hash(tmp_path / "net.onnx")
+    before = exporting.certificate.file_hash(tmp_path / "net.onnx")
     weights = tmp_path / "weights.bin"
     weights.write_bytes(weights.read_bytes()[:-1] + b"!")
-    assert exporting.file_hash(tmp_path / "net.onnx") != before
+    assert exporting.certificate.file_hash(tmp_path / "net.onnx") != before
     weights.unlink()
     with pytest.raises(ValueError, match="beside it"):
-        exporting.file_hash(tmp_path / "net.onnx")
+        exporting.certificate.file_hash(tmp_path / "net.onnx")
 
 
 @pytest.mark.parametrize(
@@ -215,4 +215,4 @@ def test_a_file_that_computes_something_else_is_refused(tmp_path, monkeypatch):
     path = tmp_path / NAMES[FORMATS[0]]
     with pytest.raises(ValueError, match="outputs are those of the model"):
         hkr.export(hkr.models.lipschitz_mlp((4,), 3, widths=(8,)), path)
-    assert not exporting.certificate_path(path).exists()
+    assert not exporting.certificate.certificate_path(path).exists()

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import hkr_keras as hkr
 from hkr_keras.certification import singular_values
 from hkr_keras.geometry import model_kernels
-from hkr_keras.layers.almost_orthogonal import almost_orthogonal
+from hkr_keras.layers.almost_orthogonal import _almost_orthogonal
 
 L = hkr.layers
 TOLERANCE = 1e-6  # float32 leaves about 3e-7
@@ -92,7 +92,7 @@ def test_hostile_weights(cls, arguments, shape):
 def test_any_kernel(shape):
     *window, inputs, outputs, stride = shape
     strides = (min(stride, window[0]), 1)
-    kernel = to_numpy(almost_orthogonal(keras.ops.convert_to_tensor(normal((*window, inputs, outputs))), strides))
+    kernel = to_numpy(_almost_orthogonal(keras.ops.convert_to_tensor(normal((*window, inputs, outputs))), strides))
     taps = singular_values._polyphase(kernel[..., None, :, :], strides)
     symbol = np.fft.fftn(taps, [16, 16], axes=(0, 1))
     assert np.linalg.svd(symbol, compute_uv=False).max() <= 1 + TOLERANCE
@@ -102,17 +102,17 @@ def test_the_formula_of_the_paper():
     """`d_i = (sum_j |W^T W|_ij)^(-1/2)` for columns; the vector s of norms gives the same."""
     weight = normal((6, 4))
     expected = weight / np.sqrt(np.abs(weight.T @ weight).sum(axis=0))
-    kernel = to_numpy(almost_orthogonal(keras.ops.convert_to_tensor(weight)))
+    kernel = to_numpy(_almost_orthogonal(keras.ops.convert_to_tensor(weight)))
     np.testing.assert_allclose(kernel, expected, rtol=1e-5)
 
 
 def test_orthogonal_channels_are_left_alone():
     basis = np.linalg.qr(normal((6, 4)))[0]
-    np.testing.assert_allclose(to_numpy(almost_orthogonal(keras.ops.convert_to_tensor(5 * basis))), basis, atol=1e-6)
+    np.testing.assert_allclose(to_numpy(_almost_orthogonal(keras.ops.convert_to_tensor(5 * basis))), basis, atol=1e-6)
     delta = np.zeros((3, 3, 2, 2), "float32")
     delta[1, 1] = np.eye(2)
     np.testing.assert_allclose(
-        to_numpy(almost_orthogonal(keras.ops.convert_to_tensor(0.1 * delta), (1, 1))), delta, atol=1e-6
+        to_numpy(_almost_orthogonal(keras.ops.convert_to_tensor(0.1 * delta), (1, 1))), delta, atol=1e-6
     )
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import hkr_keras as hkr
 from hkr_keras.certification import singular_values
 from hkr_keras.geometry import model_kernels
-from hkr_keras.layers.orthogonal import block_convolution, orthogonal_kernel, two_tap_steps, wrap
+from hkr_keras.layers.orthogonal import _block_convolution, _orthogonal_kernel, _two_tap_steps, _wrap
 
 L = hkr.layers
 TOLERANCE = 1e-6  # the promise; float32 leaves less, see _SHRINK
@@ -147,14 +147,14 @@ def test_block_convolution_is_the_composition():
         expected[:-1] += np.einsum("ij,tjo->tio", first, kernel)
         expected[1:] += np.einsum("ij,tjo->tio", second, kernel)
         arguments = (kernel.transpose(1, 0, 2)[None].astype("float32"), projection[None].astype("float32"))
-        composed = to_numpy(block_convolution(*map(keras.ops.convert_to_tensor, arguments), axis=2, flipped=flipped))
+        composed = to_numpy(_block_convolution(*map(keras.ops.convert_to_tensor, arguments), axis=2, flipped=flipped))
         np.testing.assert_allclose(composed[0].transpose(1, 0, 2), expected, atol=1e-6)
 
 
 def test_small_factors_only_shrink():
     """Factors of norm below 1, as after a wild step, keep the norm at most 1."""
     mixing, bases = normal((1, 1, 4, 6), scale=0.2), normal((4, 4, 2), scale=0.3)
-    kernel = orthogonal_kernel(*map(keras.ops.convert_to_tensor, (mixing, bases)), window=(3, 3), inputs=4)
+    kernel = _orthogonal_kernel(*map(keras.ops.convert_to_tensor, (mixing, bases)), window=(3, 3), inputs=4)
     values = np.linalg.svd(np.fft.fftn(to_numpy(kernel), [9, 9], axes=(0, 1)), compute_uv=False)
     assert np.linalg.norm(mixing[0, 0], 2) <= 1
     assert np.linalg.norm(bases.transpose(1, 0, 2), 2, axis=(1, 2)).max() <= 1
@@ -162,16 +162,16 @@ def test_small_factors_only_shrink():
 
 
 def test_steps_take_axes_and_directions_in_turn():
-    assert two_tap_steps((1, 1), (1, 1)) == []
-    assert two_tap_steps((4, 3), (2, 3)) == [(0, False), (0, True)]
-    assert two_tap_steps((3, 3), (1, 1)) == [(0, False), (1, False), (0, True), (1, True)]
+    assert _two_tap_steps((1, 1), (1, 1)) == []
+    assert _two_tap_steps((4, 3), (2, 3)) == [(0, False), (0, True)]
+    assert _two_tap_steps((3, 3), (1, 1)) == [(0, False), (1, False), (0, True), (1, True)]
 
 
 @pytest.mark.parametrize("amounts", [(0, 0), (2, 0), (0, 1), (3, 2)])
 def test_wrap(amounts):
     x = normal((2, 3, 2))
     np.testing.assert_array_equal(
-        to_numpy(wrap(keras.ops.convert_to_tensor(x), 1, *amounts), "float32"),
+        to_numpy(_wrap(keras.ops.convert_to_tensor(x), 1, *amounts), "float32"),
         np.pad(x, [(0, 0), amounts, (0, 0)], mode="wrap"),
     )
 

@@ -7,7 +7,7 @@ from helpers import adam_steps, check_layer, double_precision, gradient, normal,
 
 import hkr_keras as hkr
 from hkr_keras.geometry import model_kernels
-from hkr_keras.layers.reflectors import orthonormal_factor, reflect
+from hkr_keras.layers.reflectors import _orthonormal_factor, _reflect
 
 L = hkr.layers
 TOLERANCE = 1e-6
@@ -68,9 +68,9 @@ def test_the_norm_is_at_most_one(units, rank, inputs):
 def test_the_norm_in_float64_for_any_vectors(shape):
     for name, vectors in hostile(shape).items():
         with double_precision():
-            factor = orthonormal_factor(keras.ops.convert_to_tensor(vectors.astype("float64"), dtype="float64"))
+            factor = _orthonormal_factor(keras.ops.convert_to_tensor(vectors.astype("float64"), dtype="float64"))
             identity = keras.ops.eye(shape[0], dtype="float64")
-            kernel = to_numpy(reflect(identity, factor, shape[0]))
+            kernel = to_numpy(_reflect(identity, factor, shape[0]))
         values = np.linalg.svd(kernel, compute_uv=False)
         assert values.max() <= 1 + 1e-12, name
         np.testing.assert_allclose(kernel, kernel.T, atol=1e-12, err_msg=name)
@@ -102,7 +102,7 @@ def test_the_gradient_is_that_of_the_formula():
     vectors, target = normal((7, 3)), keras.ops.convert_to_tensor(normal((7, 7), seed=1))
 
     def score(v):
-        return keras.ops.sum(reflect(keras.ops.eye(7), orthonormal_factor(v), 7) * target)
+        return keras.ops.sum(_reflect(keras.ops.eye(7), _orthonormal_factor(v), 7) * target)
 
     def exact(v):
         return np.sum((np.eye(7) - 2 * v @ np.linalg.solve(v.T @ v, v.T)) * to_numpy(target))
