@@ -229,7 +229,7 @@ def _imported(name: str) -> Any:
 # ---- attacks by name: each yields changed inputs `(n, ...)`, one for each input -----------------------------------
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class _Batch:
     """What an attack sees: inputs, their predictions, and the logits as a function.
 
@@ -392,7 +392,16 @@ def evaluate_robustness(
             rows = slice(start, start + batch_size)
             inputs, prediction = x[rows].astype(np.float32), certificate.prediction[rows]
             classes = max(2, certificate.classes)
-            batch = _Batch(logits, _scaled(logits, inputs), inputs, prediction, classes, epsilons, bounds, steps)
+            batch = _Batch(
+                function=logits,
+                scaled=_scaled(logits, inputs),
+                x=inputs,
+                prediction=prediction,
+                classes=classes,
+                epsilons=epsilons,
+                bounds=bounds,
+                steps=steps,
+            )
             for name, attack in chosen.items():
                 for found in (inputs, *attack(batch)):
                     points = _nearest(batch, found)

@@ -314,6 +314,9 @@ class CertifiedEvaluation(keras.callbacks.Callback):
         self.x, self.y, self.epsilons = x, y, tuple(epsilons)
         self.batch_size, self.rigorous = batch_size, rigorous
 
+    def __repr__(self) -> str:
+        return f"CertifiedEvaluation(epsilons={self.epsilons}, rigorous={self.rigorous})"
+
     def on_train_begin(self, logs: Any = None) -> None:
         for epsilon in self.epsilons:
             number("epsilon", epsilon)

@@ -48,6 +48,10 @@ class LipschitzConstraint(keras.constraints.Constraint):
     def get_config(self) -> dict:
         return {"geometry": None if self.geometry is None else dataclasses.asdict(self.geometry)}
 
+    def __repr__(self) -> str:
+        given = (f"{name}={value!r}" for name, value in vars(self).items() if value is not None)
+        return f"{type(self).__name__}({', '.join(given)})"
+
     def __call__(self, w: Tensor) -> Tensor:
         return self.project(w)
 

@@ -18,7 +18,7 @@ __all__ = ["Geometry", "kernel_geometries", "weight_geometries"]
 Tensor = Any
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Geometry:
     """How a kernel is laid out as block-diagonal matrices.
 

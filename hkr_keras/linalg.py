@@ -25,7 +25,7 @@ __all__ = [
 
 Tensor = Any
 
-_TINY = 1e-30  # keeps 0 / 0 at 0; far below any weight whose square is a normal float32
+SMALLEST_DIVISOR = 1e-30  # keeps 0 / 0 at 0; far below any weight whose square is a normal float32
 
 
 def _working_dtype(tensor: Tensor) -> str:
@@ -63,8 +63,8 @@ def unit_norm(tensor: Tensor, axis: Any = -2) -> Tensor:
     vectors = ops.cast(tensor, _working_dtype(tensor))
     # Dividing by the largest entry first keeps the squares from overflowing or vanishing.
     largest = ops.max(ops.abs(vectors), axis=axis, keepdims=True)
-    vectors = vectors / ops.maximum(largest, _TINY)
-    vectors = vectors / ops.maximum(_norm(vectors, axis), _TINY)
+    vectors = vectors / ops.maximum(largest, SMALLEST_DIVISOR)
+    vectors = vectors / ops.maximum(_norm(vectors, axis), SMALLEST_DIVISOR)
     return ops.cast(vectors, tensor.dtype)
 
 
@@ -135,7 +135,7 @@ def _largest_eigenvalue_estimate(gram: Tensor) -> Tensor:
     start = np.cos(np.arange(gram.shape[-1]) * 2.4)[:, None]
     v = ops.matmul(gram, ops.convert_to_tensor(start, dtype=gram.dtype))
     for _ in range(4):
-        v = ops.matmul(gram, v / ops.maximum(_matrix_norm(v), _TINY))
+        v = ops.matmul(gram, v / ops.maximum(_matrix_norm(v), SMALLEST_DIVISOR))
     return _matrix_norm(v)
 
 
@@ -197,18 +197,18 @@ def spectral_norm_bound(matrices: Tensor, squarings: int = 6) -> Tensor:
         Delattre et al., ICML 2023 (arXiv 2305.16173), theorem 1.
     """
     w = ops.cast(matrices, _working_dtype(matrices))
-    largest = ops.maximum(ops.max(ops.abs(w), axis=(-2, -1), keepdims=True), _TINY)
+    largest = ops.maximum(ops.max(ops.abs(w), axis=(-2, -1), keepdims=True), SMALLEST_DIVISOR)
     w = w / largest
     transposed = ops.swapaxes(w, -1, -2)
     gram = ops.matmul(w, transposed) if w.shape[-2] < w.shape[-1] else ops.matmul(transposed, w)
     # invariant: |W|^2 <= largest^2 * root * |gram|_F^(1 / power)
     log_bound, power = 0.0, 1.0
     for _ in range(squarings):
-        size = ops.maximum(_matrix_norm(gram), _TINY)
+        size = ops.maximum(_matrix_norm(gram), SMALLEST_DIVISOR)
         log_bound = log_bound + ops.log(size) / power
         gram = ops.matmul(gram / size, gram / size)
         power *= 2.0
-    size = ops.maximum(_matrix_norm(gram), _TINY)
+    size = ops.maximum(_matrix_norm(gram), SMALLEST_DIVISOR)
     return (1.0 + 1e-5) * largest * ops.exp(0.5 * (log_bound + ops.log(size) / power))
 
 
@@ -294,8 +294,8 @@ def polar_direction(matrices: Tensor, coefficients: Sequence[tuple[float, float,
     w = ops.cast(matrices, _working_dtype(matrices))
     wide = w.shape[-2] < w.shape[-1]
     w = ops.swapaxes(w, -1, -2) if wide else w
-    w = w / ops.maximum(ops.max(ops.abs(w), axis=(-2, -1), keepdims=True), _TINY)
-    w = w / ops.maximum(_matrix_norm(w), _TINY)
+    w = w / ops.maximum(ops.max(ops.abs(w), axis=(-2, -1), keepdims=True), SMALLEST_DIVISOR)
+    w = w / ops.maximum(_matrix_norm(w), SMALLEST_DIVISOR)
     for first, third, fifth in coefficients:
         gram = ops.matmul(ops.swapaxes(w, -1, -2), w)
         w = first * w + ops.matmul(w, fifth * ops.matmul(gram, gram) + third * gram)

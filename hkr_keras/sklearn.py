@@ -32,12 +32,12 @@ from hkr_keras import layers, losses, metrics, models
 from hkr_keras._validation import number
 from hkr_keras.callbacks import Orthonormalize
 from hkr_keras.certification.certificates import Certificate, OutputCertificate, certify, certify_outputs
+from hkr_keras.certification.floating_point import MACHINE_EPSILON
 
 __all__ = ["HKRClassifier", "HKRRegressor"]
 
 _Build = Callable[[Sequence[int], int], keras.Model]
 _default_model = functools.partial(models.lipschitz_mlp, widths=(64, 64))
-_EPSILON = np.finfo(np.float64).eps
 
 
 class _Estimator(BaseEstimator):
@@ -318,8 +318,8 @@ class HKRRegressor(RegressorMixin, _Estimator):
         value, lower, upper = (
             self.mean_ + self.scale_ * part.reshape(-1) for part in (found.value, found.lower, found.upper)
         )
-        rounding = 4 * _EPSILON * (abs(self.mean_) + np.abs(lower) + np.abs(upper))
-        bound = found.bound * self.scale_ * (1 + 4 * _EPSILON)
+        rounding = 4 * MACHINE_EPSILON * (abs(self.mean_) + np.abs(lower) + np.abs(upper))
+        bound = found.bound * self.scale_ * (1 + 4 * MACHINE_EPSILON)
         return dataclasses.replace(found, value=value, lower=lower - rounding, upper=upper + rounding, bound=bound)
 
     def certified_score(self, X: Any, y: Any, epsilon: float, rigorous: bool = False) -> float:

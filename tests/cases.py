@@ -167,6 +167,7 @@ def _converted():
     yield partial(L.LipschitzDense, 4), VECTOR
     yield partial(L.LipschitzDense, 4, kernel_constraint=hkr.constraints.UnitNorm(), use_bias=False), SEQUENCE
     yield partial(L.OrthogonalConv1D, 4, 3, padding="causal"), SEQUENCE
+    yield partial(L.ReflectorDense, 4), VECTOR
     yield partial(L.AOLDense, 4), VECTOR
     yield partial(L.AOLConv2D, 4, 3), IMAGE
     yield partial(L.SLLDense, 4), VECTOR

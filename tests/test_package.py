@@ -89,6 +89,17 @@ def test_public_modules_say_what_is_public(name):
     assert [each for each in module.__all__ if each.startswith("_") or not hasattr(module, each)] == []
 
 
+@pytest.mark.once
+@pytest.mark.parametrize("name", SOURCES, ids=str)
+def test_records_of_more_than_three_fields_are_made_by_keyword(name):
+    for node in ast.walk(ast.parse(SOURCES[name].read_text())):
+        decorators = [ast.unparse(each) for each in getattr(node, "decorator_list", ())]
+        if any("dataclass" in each for each in decorators):
+            fields = [part for part in node.body if isinstance(part, ast.AnnAssign)]
+            fields = [field for field in fields if "ClassVar" not in ast.unparse(field.annotation)]
+            assert len(fields) <= 3 or "kw_only=True" in decorators[0], node.name
+
+
 def private_names_of_keras():
     """Attributes with a leading underscore of the objects that this package is handed."""
     inputs, dense = keras.Input((2,)), keras.layers.Dense(2)

@@ -14,7 +14,7 @@ import keras
 import numpy as np
 
 from hkr_keras.certification.checks import check_built, check_input_dtype
-from hkr_keras.certification.floating_point import MACHINE_EPSILON
+from hkr_keras.certification.floating_point import MACHINE_EPSILON, SMALLEST_NORMAL_64
 from hkr_keras.certification.graph import Application, is_model, walk
 from hkr_keras.certification.operators import Diagonal, Matrix, Operator
 from hkr_keras.certification.rules.activations import ACTIVATION_BOUNDS, activation_bound, is_one_sided, monotone_slope
@@ -33,8 +33,6 @@ from hkr_keras.certification.semidefinite import semidefinite_bound
 from hkr_keras.layers import Scale
 
 __all__ = ["ACTIVATION_BOUNDS", "activation_bound", "layer_bound", "lipschitz_bound", "merge_bound"]
-
-_TINY = float(np.finfo(np.float64).tiny)
 
 
 def _length(values: Sequence[float] | np.ndarray) -> float:
@@ -64,7 +62,8 @@ class AffineTail:
         return self._norms(self.matrix, self.error)
 
     def _norms(self, columns: np.ndarray, error: float) -> np.ndarray:
-        scale = np.maximum(np.abs(columns).max(axis=0), _TINY)  # each by its own: squares of small ones would vanish
+        # Each by its own scale: squares of small ones would vanish.
+        scale = np.maximum(np.abs(columns).max(axis=0), SMALLEST_NORMAL_64)
         lengths = scale * np.linalg.norm(columns / scale, axis=0) + error
         return lengths * (1 + self.relative) * (1 + 4 * len(columns) * MACHINE_EPSILON)
 
@@ -235,7 +234,7 @@ def _times(constants: np.ndarray, bound: float) -> np.ndarray:
     """The product, rounded up; that of two tiny constants must not underflow to 0."""
     with np.errstate(over="ignore", invalid="ignore"):  # refused when the constants are asked for
         product = constants * bound * (1 + 2 * MACHINE_EPSILON)
-    return np.where((constants > 0) & (bound > 0), np.maximum(product, _TINY), product)
+    return np.where((constants > 0) & (bound > 0), np.maximum(product, SMALLEST_NORMAL_64), product)
 
 
 def constant_of(layer: Any, shapes: list[Shape]) -> float:

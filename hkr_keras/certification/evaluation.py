@@ -184,12 +184,12 @@ def _evaluate_batch(
     arrays: list[np.ndarray], labels: np.ndarray | None, predict: Predictor, tracer: Tracer | None
 ) -> dict[str, Any]:
     """The fields of an `Evaluation` that have a row for every input."""
-    singles, moved = to_float32(arrays)
+    singles, input_rounding = to_float32(arrays)
     outputs = predict(singles)
     if not np.isfinite(outputs).all():
         raise ValueError("Expected finite outputs. Received: NaN or infinite scores or logits")
     lengths = np.sqrt(sum(np.square(norms(single)) for single in singles))
-    found = {"outputs": outputs, "input_rounding": moved, "lengths": lengths, "labels": labels}
+    found = {"outputs": outputs, "input_rounding": input_rounding, "lengths": lengths, "labels": labels}
     if tracer is None:
         return {**found, "centre": outputs, "centre_error": np.zeros(len(outputs))}
     return {**found, **_traced(tracer, singles, outputs)}

@@ -16,6 +16,7 @@ __all__ = [
     "LARGEST",
     "MACHINE_EPSILON",
     "SMALLEST_NORMAL",
+    "SMALLEST_NORMAL_64",
     "UNIT_ROUNDOFF",
     "Affine",
     "Rounding",
@@ -27,6 +28,7 @@ __all__ = [
 ]
 
 MACHINE_EPSILON = float(np.finfo(np.float64).eps)
+SMALLEST_NORMAL_64 = float(np.finfo(np.float64).tiny)  # what an underflow in float64 loses at most
 UNIT_ROUNDOFF = 2.0**-24  # of float32
 SMALLEST_NORMAL = 2.0**-126  # of float32: what flushing a subnormal number to 0 changes at most
 LARGEST = 2.0**60  # above, sums of squares may overflow in float32: nothing is certified there

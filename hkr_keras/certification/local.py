@@ -13,16 +13,15 @@ import keras
 import numpy as np
 
 from hkr_keras.certification.bounds import lipschitz_bound, model_inputs
-from hkr_keras.certification.floating_point import MACHINE_EPSILON
+from hkr_keras.certification.floating_point import MACHINE_EPSILON, SMALLEST_NORMAL_64
 from hkr_keras.certification.graph import Application, walk
 from hkr_keras.certification.operators import Matrix
 from hkr_keras.certification.rules.registry import check, layer_bound, tail_of
 from hkr_keras.certification.singular_values import as_float64, matrix_spectrum
 
-__all__ = ["local_bound", "local_bounds", "local_differences", "local_radii"]
+__all__ = ["local_bound", "local_bounds", "local_radii"]
 
 _BATCH = 64
-_TINY = float(np.finfo(np.float64).tiny)
 _UP = 1 + 1e-11  # more than sums and roots in float64 are off by
 
 
@@ -102,7 +101,7 @@ def local_radii(model: Any, x: Any, steps: int = 10) -> np.ndarray:
     margins = margins.clip(0)
 
     def reached(epsilon: np.ndarray) -> np.ndarray:
-        constants = local_differences(kernels, biases, slopes, points, epsilon, columns)
+        constants = local_bounds(kernels, biases, slopes, points, epsilon, columns)
         ratios = np.divide(margins, constants, out=np.full_like(margins, np.inf), where=constants > 0)
         return ratios.min(axis=1) * (1 - 4 * MACHINE_EPSILON)
 
@@ -195,7 +194,8 @@ def _applied(
     value: np.ndarray, error: np.ndarray, kernel: np.ndarray, bias: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """A product and a bias, and what float64 may have rounded away so far."""
-    rounding = 4 * (len(kernel) + 2) * MACHINE_EPSILON * (np.abs(value) @ np.abs(kernel) + np.abs(bias)) + _TINY
+    sizes = np.abs(value) @ np.abs(kernel) + np.abs(bias)
+    rounding = 4 * (len(kernel) + 2) * MACHINE_EPSILON * sizes + SMALLEST_NORMAL_64
     return value @ kernel + bias, error @ np.abs(kernel) * _UP + rounding
 
 
@@ -205,6 +205,7 @@ def local_bounds(
     slopes: Sequence[float],
     x: np.ndarray,
     epsilon: float | np.ndarray,
+    columns: np.ndarray | None = None,
 ) -> np.ndarray:
     """Upper bounds on the Lipschitz constant of a ReLU network in a ball around each input, L2 to L2.
 
@@ -223,45 +224,18 @@ def local_bounds(
         slopes: of each activation below 0, from 0 (ReLU) to 1, one less than kernels.
         x: inputs `(n, features)`, float64.
         epsilon: radius of the balls, a number or `(n,)`.
+        columns: integers `(n,)`, outputs to compare with, such as the predicted classes: bounds on the difference of
+            every output from that one.
 
     Returns:
-        Array `(n,)`, never above the product of the norms of the kernels.
+        Array `(n,)`, never above the product of the norms of the kernels; with `columns`, `(n, outputs)`.
 
     Example:
 
     >>> kernels, biases = [np.eye(1), np.eye(1)], [np.zeros(1), np.zeros(1)]
     >>> local_bounds(kernels, biases, [0.0], np.array([[-2.0], [2.0]]), 1.0).round(6)
     array([0., 1.])
-
     """
-    return _chunks(kernels, biases, slopes, x, epsilon, None)
-
-
-def local_differences(
-    kernels: Sequence[np.ndarray],
-    biases: Sequence[np.ndarray],
-    slopes: Sequence[float],
-    x: np.ndarray,
-    epsilon: float | np.ndarray,
-    columns: np.ndarray,
-) -> np.ndarray:
-    """As `local_bounds`, of the difference of every output from one that is given for each input, `(n, outputs)`.
-
-    Args:
-        kernels, biases, slopes, x, epsilon: as there.
-        columns: integers `(n,)`, the outputs to compare with, such as the predicted classes.
-    """
-    return _chunks(kernels, biases, slopes, x, epsilon, columns)
-
-
-def _chunks(
-    kernels: Sequence[np.ndarray],
-    biases: Sequence[np.ndarray],
-    slopes: Sequence[float],
-    x: np.ndarray,
-    epsilon: float | np.ndarray,
-    columns: np.ndarray | None,
-) -> np.ndarray:
     epsilon = np.broadcast_to(np.asarray(epsilon, dtype=np.float64), (len(x),))
     shapes = [kernel.shape for kernel in kernels]
     if not shapes or any(a[1] != b[0] for a, b in itertools.pairwise(shapes)) or x.shape[1:] != (shapes[0][0],):
@@ -296,7 +270,8 @@ def _around(
         kernel = matrix if columns is None or i < len(kernels) - 1 else _differences(matrix, columns)
         if i == 0:
             first = np.broadcast_to(kernel, (len(x), *kernel.shape[-2:]))
-            sources = [_Source(np.ones(len(x)), first, float(_lengths(kernel[None], (-2, -1)).max()))]
+            size = float(_lengths(kernel[None], (-2, -1)).max())
+            sources = [_Source(weight=np.ones(len(x)), matrices=first, size=size)]
         else:
             sources = [source.times(kernel) for source in sources]
         terms = [source.weight[:, None] * (_lengths(source.matrices, -2) + source.error) for source in sources]
@@ -314,12 +289,13 @@ def _around(
         inputs = np.minimum(_constants([source.scaled(above) for source in sources]), inputs * norms[i])
         sources = [source.scaled(np.where(free, (1 + low) / 2, known)) for source in sources]
         projection = np.eye(len(bias)) * free[:, None]
-        sources.append(_Source(moving * (1 - low) / 2 * _UP, projection, math.sqrt(len(bias))))
+        weight = moving * (1 - low) / 2 * _UP
+        sources.append(_Source(weight=weight, matrices=projection, size=math.sqrt(len(bias))))
         value = np.where(value > 0, value, low * value)
     raise AssertionError("the last kernel returns")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class _Source:
     """A product of matrices for every input, and what its norm is multiplied with.
 
@@ -338,14 +314,15 @@ class _Source:
     def times(self, kernel: np.ndarray) -> "_Source":
         """Each times a matrix, or each times one of its own."""
         length = float(_lengths(kernel, (-2, -1)).max())
-        rounding = 8 * kernel.shape[-2] * MACHINE_EPSILON * self.size * length + _TINY * kernel.size
+        rounding = 8 * kernel.shape[-2] * MACHINE_EPSILON * self.size * length + SMALLEST_NORMAL_64 * kernel.size
         error = (self.error * length + rounding) * _UP
-        return _Source(self.weight, self.matrices @ kernel, self.size * length * _UP, error)
+        matrices, size = self.matrices @ kernel, self.size * length * _UP
+        return dataclasses.replace(self, matrices=matrices, size=size, error=error)
 
     def scaled(self, numbers: np.ndarray) -> "_Source":
         """The columns times numbers `(n, columns)` in [0, 1]."""
-        rounding = 4 * MACHINE_EPSILON * self.size + _TINY * numbers.shape[1]
-        return _Source(self.weight, self.matrices * numbers[:, None], self.size, self.error + rounding)
+        rounding = 4 * MACHINE_EPSILON * self.size + SMALLEST_NORMAL_64 * numbers.shape[1]
+        return dataclasses.replace(self, matrices=self.matrices * numbers[:, None], error=self.error + rounding)
 
 
 def _differences(matrix: np.ndarray, columns: np.ndarray) -> np.ndarray:
@@ -360,17 +337,17 @@ def _constants(sources: list[_Source]) -> np.ndarray:
 
 def _lengths(matrices: np.ndarray, axis: int | tuple[int, int]) -> np.ndarray:
     """Norms of columns, or of whole matrices, rounded up; tiny squares do not vanish."""
-    scale = max(float(np.abs(matrices).max(initial=0.0)), _TINY)
-    return scale * np.sqrt(np.square(matrices / scale).sum(axis=axis) + _TINY) * _UP
+    scale = max(float(np.abs(matrices).max(initial=0.0)), SMALLEST_NORMAL_64)
+    return scale * np.sqrt(np.square(matrices / scale).sum(axis=axis) + SMALLEST_NORMAL_64) * _UP
 
 
 def _norms(matrices: np.ndarray) -> np.ndarray:
     """Upper bounds on the norms of a stack of matrices, `(n,)`."""
     rows, columns = matrices.shape[-2:]
-    scale = np.maximum(np.abs(matrices).max(axis=(-2, -1), keepdims=True), _TINY)
+    scale = np.maximum(np.abs(matrices).max(axis=(-2, -1), keepdims=True), SMALLEST_NORMAL_64)
     scaled = matrices / scale
     transposed = np.swapaxes(scaled, -1, -2)
     grams = scaled @ transposed if rows < columns else transposed @ scaled
     largest = np.linalg.eigvalsh(grams)[:, -1].clip(0)
-    slack = 16 * (rows + columns) * MACHINE_EPSILON * np.square(scaled).sum(axis=(-2, -1)) + _TINY
+    slack = 16 * (rows + columns) * MACHINE_EPSILON * np.square(scaled).sum(axis=(-2, -1)) + SMALLEST_NORMAL_64
     return scale[:, 0, 0] * np.sqrt(largest + slack) * _UP

@@ -11,12 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from hkr_keras.certification.floating_point import MACHINE_EPSILON
+from hkr_keras.certification.floating_point import MACHINE_EPSILON, SMALLEST_NORMAL_64
 from hkr_keras.certification.singular_values import blocks_bound, matrix_spectrum
 
 __all__ = ["Convolution", "Diagonal", "Matrix", "Operator"]
 
-_TINY = float(np.finfo(np.float64).tiny)  # what an underflow in float64 loses at most
 _UP = 1 + 8 * MACHINE_EPSILON
 
 
@@ -74,9 +73,9 @@ class Diagonal:
                 return None
             with np.errstate(over="ignore", under="ignore", invalid="ignore"):
                 product = self.numbers * first.numbers
-            lost = (np.abs(product) < _TINY) & (self.numbers != 0) & (first.numbers != 0)
+            lost = (np.abs(product) < SMALLEST_NORMAL_64) & (self.numbers != 0) & (first.numbers != 0)
             relative = _joint(self.relative, first.relative) + 4 * MACHINE_EPSILON
-            return Diagonal(np.where(lost, _TINY, product), relative)  # larger numbers than the true ones
+            return Diagonal(np.where(lost, SMALLEST_NORMAL_64, product), relative)  # larger numbers than the true ones
         numbers = self.along(-1 if isinstance(first, Matrix) else first.channel_axis)
         return None if numbers is None else first.scaled(numbers, self.relative, outputs=True)
 
@@ -93,7 +92,7 @@ class Diagonal:
 def _scaled(array: np.ndarray, numbers: np.ndarray) -> tuple[np.ndarray, float]:
     """Numbers times numbers, and a bound on the Frobenius norm of what rounding makes of it."""
     product = array * numbers
-    return product, (2 * MACHINE_EPSILON * _length(product) + _TINY * product.size) * _UP
+    return product, (2 * MACHINE_EPSILON * _length(product) + SMALLEST_NORMAL_64 * product.size) * _UP
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -130,8 +129,8 @@ class Matrix:
     def after(self, first: "Operator") -> "Operator | None":
         """The operator that computes `first` and then this one."""
         if isinstance(first, Matrix):
-            sizes = _length(first.matrix), _length(self.matrix)
-            rounding = 4 * len(self.matrix) * MACHINE_EPSILON * sizes[0] * sizes[1] + _TINY * self.matrix.size
+            sizes, entries = (_length(first.matrix), _length(self.matrix)), self.matrix.size
+            rounding = 4 * len(self.matrix) * MACHINE_EPSILON * sizes[0] * sizes[1] + SMALLEST_NORMAL_64 * entries
             mine = self.error + self.relative * (sizes[1] + self.error)
             error = first.error * (sizes[1] + mine) + mine * sizes[0] + rounding
             with np.errstate(over="ignore", under="ignore", invalid="ignore"):

@@ -19,7 +19,7 @@ ROUNDED_DOWN = 1 - 1e-9  # covers the float64 rounding of whatever a radius is m
 
 @np.errstate(divide="ignore", invalid="ignore", over="ignore")
 def radii(
-    margins: Any, constants: Any, rounding: Affine | None = None, reach: Any = math.inf, moved: Any = 0.0
+    margins: Any, constants: Any, rounding: Affine | None = None, reach: Any = math.inf, input_rounding: Any = 0.0
 ) -> np.ndarray:
     """The distances at which margins are used up; 0 where a margin is not positive.
 
@@ -28,7 +28,7 @@ def radii(
         constants: how far each margin moves at most per unit, of a shape that broadcasts with it.
         rounding: what floating point may take off the margin, and add to its change per unit; `None` for nothing.
         reach: distances beyond which nothing is known, `(n,)`.
-        moved: how far each input was moved before it was looked at, `(n,)`: taken off.
+        input_rounding: how far each input was moved before it was looked at, `(n,)`: taken off.
 
     Returns:
         `(n, margins)` float64, rounded down.
@@ -43,7 +43,7 @@ def radii(
         margins = margins - rounding.constant / ROUNDED_DOWN
         constants = constants + rounding.slope
     found = np.where(margins > 0, margins / constants * ROUNDED_DOWN, 0.0)
-    found = np.minimum(found, np.reshape(reach, (-1, 1))) - np.reshape(moved, (-1, 1))
+    found = np.minimum(found, np.reshape(reach, (-1, 1))) - np.reshape(input_rounding, (-1, 1))
     return np.where(found > 0, found, 0.0)  # NaN included
 
 
@@ -73,13 +73,13 @@ def output_constants(state: LipschitzState) -> np.ndarray:
     return np.minimum(LipschitzState(state.tail.constants).constant * state.tail.lengths(), state.constant)
 
 
-def decide(outputs: np.ndarray, constants: np.ndarray, moved: Any = 0.0) -> tuple[np.ndarray, np.ndarray]:
+def decide(outputs: np.ndarray, constants: np.ndarray, input_rounding: Any = 0.0) -> tuple[np.ndarray, np.ndarray]:
     """Predictions and radii in exact arithmetic, from outputs and the constants of their pairs.
 
     Args:
         outputs: `(n, classes)`, or `(n, 1)` for a score.
         constants: `(classes, classes)`, or `(1, 1)` for a score, whose diagonal is not looked at.
-        moved: as in `radii`.
+        input_rounding: as in `radii`.
 
     Returns:
         Classes `(n,)`, for a score 1 where it is positive, and radii `(n,)`.
@@ -91,11 +91,13 @@ def decide(outputs: np.ndarray, constants: np.ndarray, moved: Any = 0.0) -> tupl
     ([0], [1.0])
     """
     if outputs.shape[1] == 1:
-        return (outputs[:, 0] > 0).astype(np.int64), radii(np.abs(outputs), constants, moved=moved)[:, 0]
+        found = radii(np.abs(outputs), constants, input_rounding=input_rounding)
+        return (outputs[:, 0] > 0).astype(np.int64), found[:, 0]
     prediction, radius = outputs.argmax(axis=1), np.zeros(len(outputs))
-    moved = np.broadcast_to(moved, len(outputs))
+    input_rounding = np.broadcast_to(input_rounding, len(outputs))
     for label in np.unique(prediction):
         chosen = prediction == label
         pairs = np.delete(constants[label], label)
-        radius[chosen] = radii(rival_margins(outputs[chosen], label), pairs, moved=moved[chosen]).min(axis=1)
+        found = radii(rival_margins(outputs[chosen], label), pairs, input_rounding=input_rounding[chosen])
+        radius[chosen] = found.min(axis=1)
     return prediction, radius

@@ -44,7 +44,7 @@ __all__ = ["UNIT_ROUNDOFF", "Rounding", "accumulated", "layer_rounding", "merge_
 _LINEAR, _RELU = keras.activations.linear, keras.activations.relu
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Trace:
     """What is known of one tensor for all points within a distance epsilon of each input of a batch.
 
@@ -84,7 +84,7 @@ class Trace:
         )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class _Known:
     """What depends on a layer and its weights alone."""
 
@@ -135,7 +135,7 @@ class Tracer:
 
         rows = np.eye(len(arrays))
         traces = [
-            Trace(array, nothing, LipschitzState(row), Affine(nothing, 0.0))
+            Trace(value=array, centre_error=nothing, state=LipschitzState(row), error=Affine(nothing, 0.0))
             for array, row in zip(arrays, rows, strict=True)
         ]
         for trace in traces:
@@ -197,7 +197,7 @@ def _output(place: Application, traces: list[Trace], known: _Known) -> tuple[Tra
         _carried(layer, [np.broadcast_to(part, len(value)) for part in parts], known.bound)
         for parts in ([trace.error.constant for trace in traces], [trace.error.slope for trace in traces])
     )
-    output = Trace(value, centre_error, known.state, Affine(constant, grows) + added)
+    output = Trace(value=value, centre_error=centre_error, state=known.state, error=Affine(constant, grows) + added)
     if known.state.operator is None:
         return output, added
     trace = traces[0]

@@ -104,12 +104,12 @@ class ExportedCertificate:
         inputs = [("input", f"{each.get('name')} {each['shape']} {each.get('dtype')}") for each in self.inputs]
         return _display.html_table(repr(self), ("", ""), [*inputs, *((name, value or "") for name, value in rows)])
 
-    def of_outputs(self, outputs: Any, moved: Any = 0.0) -> Certificate:
+    def of_outputs(self, outputs: Any, input_rounding: Any = 0.0) -> Certificate:
         """Predictions and radii for outputs `(n, classes)` or `(n, 1)` of the file.
 
         Args:
             outputs: of the file.
-            moved: how far each input was moved before it was given to the file, `(n,)`, such as by rounding.
+            input_rounding: how far each input was moved before it was given to the file, `(n,)`, such as by rounding.
 
         Raises:
             ValueError: for outputs of another shape, or NaN and infinite ones.
@@ -118,7 +118,7 @@ class ExportedCertificate:
         classes = len(self.distances)
         if outputs.ndim != 2 or outputs.shape[1] != classes or not np.isfinite(outputs).all():
             raise ValueError(f"Expected finite outputs of shape (n, {classes}). Received: shape={outputs.shape}")
-        prediction, radius = decide(outputs, self.distances, moved)
+        prediction, radius = decide(outputs, self.distances, input_rounding)
         sizes = [size for each in self.inputs for size in each["shape"][1:]]
         return Certificate(
             radius=radius,

@@ -197,9 +197,9 @@ class ExportedModel:
 
         An input that float32 does not hold exactly loses the distance by which it is rounded.
         """
-        singles, moved = to_float32(self._checked(x))
+        singles, input_rounding = to_float32(self._checked(x))
         outputs = self.predict(singles)
-        return self.certificate.of_outputs(outputs.reshape(len(outputs), -1), moved)
+        return self.certificate.of_outputs(outputs.reshape(len(outputs), -1), input_rounding)
 
     def verify(self, model: keras.Model, x: Any) -> Verification:
         """Certifies with the model and with the file, and compares, as `Certificate.verify` does.

@@ -11,13 +11,13 @@ from keras import ops
 from hkr_keras._registration import registered
 from hkr_keras.geometry import Geometry, kernel_geometries, weight_geometries
 from hkr_keras.layers.base import ComposedKernel, LipschitzLayer, PlainLayers, at_least_float32
+from hkr_keras.linalg import SMALLEST_DIVISOR
 
 __all__ = ["AOLConv2D", "AOLDense", "SLLConv2D", "SLLDense"]
 
 Tensor = Any
 
 _SMALLEST = 1e-6  # a channel weaker than this, relative to the largest entry, is not scaled up any further
-_TINY = 1e-30
 
 
 def _almost_orthogonal(kernel: Tensor, strides: Sequence[int] = ()) -> Tensor:
@@ -54,7 +54,7 @@ def _almost_orthogonal(kernel: Tensor, strides: Sequence[int] = ()) -> Tensor:
     # With the largest entry at 1, no square that matters underflows; the result is the same for every scale.
     largest = ops.stop_gradient(ops.max(ops.abs(taps)))
     scaled = taps / ops.maximum(largest, _SMALLEST)  # the way of the gradient, which grows as kernels shrink
-    taps = ops.stop_gradient(taps / ops.maximum(largest, _TINY)) + (scaled - ops.stop_gradient(scaled))
+    taps = ops.stop_gradient(taps / ops.maximum(largest, SMALLEST_DIVISOR)) + (scaled - ops.stop_gradient(scaled))
     norms = ops.sqrt(ops.maximum(ops.sum(ops.square(taps), axis=others, keepdims=True), _SMALLEST**2))
     taps = taps / norms
     s = ops.reshape(norms, (-1,))

@@ -8,6 +8,7 @@ from keras import ops
 from hkr_keras._registration import registered
 from hkr_keras.geometry import Geometry, weight_geometries
 from hkr_keras.layers.base import ComposedKernel, at_least_float32
+from hkr_keras.linalg import SMALLEST_DIVISOR
 
 __all__ = ["ReflectorDense"]
 
@@ -15,9 +16,8 @@ __all__ = ["ReflectorDense"]
 
 Tensor: TypeAlias = Any
 
-_TINY = 1e-30
 _SMALLEST = 1e-6  # a vector weaker than this, relative to the largest entry, is not scaled up any further
-_EPSILON = 1e-6  # of the trace of V^T V: above what float32 loses in it, so that its Cholesky factor exists
+_RIDGE = 1e-6  # of the trace of V^T V: above what float32 loses in it, so that its Cholesky factor exists
 _SHRINK = 1.0 - 2.0**-18  # float32 leaves up to 3e-6 above 1 in the norm
 
 
@@ -50,12 +50,12 @@ def _orthonormal_factor(vectors: Tensor) -> Tensor:
     """
     rank = vectors.shape[-1]
     # With the largest entry at 1, no square that matters underflows; the result is the same for every scale.
-    v = vectors / ops.stop_gradient(_at_least(ops.max(ops.abs(vectors)), _TINY))
+    v = vectors / ops.stop_gradient(_at_least(ops.max(ops.abs(vectors)), SMALLEST_DIVISOR))
     v = v / ops.sqrt(_at_least(ops.sum(ops.square(v), axis=0, keepdims=True), _SMALLEST**2))
     identity = ops.eye(rank, dtype=v.dtype)
     gram = ops.stop_gradient(ops.transpose(v) @ v)
     # NaN stays in V and is not factored, which PyTorch and TensorFlow would answer with an error of their own.
-    gram = ops.where(ops.isfinite(gram), gram, identity) + _EPSILON * rank * identity
+    gram = ops.where(ops.isfinite(gram), gram, identity) + _RIDGE * rank * identity
     inverse = ops.solve_triangular(ops.cholesky(gram), identity, lower=True)
     return v @ ops.transpose(ops.stop_gradient(inverse))
 
