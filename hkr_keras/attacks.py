@@ -1,4 +1,4 @@
-"""Attacks by foolbox and ART, beside the certificates that they must not break.
+"""Attacks by foolbox and ART, compared with certificates, which no attack may break.
 
 Needs `pip install 'hkr_keras[attacks]'`. foolbox attacks with the gradients of every backend. ART has no classifier for
 JAX: there its `Square` attack, which only asks for predictions, works, and `AutoPGD` does not.
@@ -335,7 +335,7 @@ def evaluate_robustness(
     batch_size: int = 128,
     verbose: bool = True,
 ) -> Robustness:
-    """Certifies and attacks: how robust a model is lies between the two, and no attack may pass its certificate.
+    """Certifies a model and attacks it: its robust accuracy lies between the certified and the attacked one.
 
     Every attack aims at the prediction, right or wrong. What it finds is moved back along the way to the input until
     just before the prediction would change back, so distances are as small as the attack allows. Random starts follow

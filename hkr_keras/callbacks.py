@@ -34,7 +34,7 @@ _READERS = ("get_weights", "save", "save_weights", "export")
 
 @registered
 class Orthonormalize(keras.callbacks.Callback):
-    """Projects kernels onto their constraint sets: after optimizer steps, and to full precision when it matters.
+    """Projects kernels onto their constraint sets: after steps, and to full precision before validation and saving.
 
     Kernels of this package's layers carry a constraint, which the optimizer applies after each step; the callback
     projects them to full precision, and repairs what the constraint does not see (weight averaging, loaded weights).

@@ -1,4 +1,4 @@
-"""Constraint sets for kernels: `linalg` (what to do to a matrix) joined to `geometry` (where the matrix is)."""
+"""Constraint sets for kernels: projections of matrices (`linalg`) applied to the matrices in a kernel (`geometry`)."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence

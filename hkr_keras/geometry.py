@@ -1,4 +1,4 @@
-"""THE table: which axes of which kernel form a matrix, and what the operator norm is at most.
+"""The table of kernels: which axes of a kernel form a matrix, and by what factor the operator norm can exceed its norm.
 
 It knows Keras classes only. Layers of this package, converted layers and subclasses of users inherit those
 classes, so the dispatch finds them by method resolution order.

@@ -237,7 +237,7 @@ def spectral_ball(matrices: Tensor) -> Tensor:
 
 
 def tangent(matrices: Tensor, gradients: Tensor) -> Tensor:
-    """The part of a gradient along the set of orthonormal matrices: what turns them, not what stretches them.
+    """The part of a gradient along the set of orthonormal matrices: it rotates them and leaves their norms.
 
     `G - W sym(W^T G)` for orthonormal columns, `G - sym(G W^T) W` for orthonormal rows: the nearest Z to G
     for which `W^T Z` (or `Z W^T`) is skew.

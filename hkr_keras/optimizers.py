@@ -1,4 +1,4 @@
-"""An optimizer that knows that orthonormal kernels turn rather than grow."""
+"""StiefelMuon, an optimizer for orthonormal kernels: its steps rotate them along the constraint set."""
 
 from typing import Any
 

@@ -488,7 +488,7 @@ def _circle(centre: np.ndarray, radius: float) -> Any:
 
 
 def plot_summary(model: keras.Model | LipschitzSummary, x: Any = None, ax: Any = None) -> Any:
-    """What every layer may stretch: the proven bound as a mark, and a bar up to the largest change that was seen.
+    """Lipschitz constants of all layers: the proven bound as a mark, and a bar up to the largest ratio that was found.
 
     A gap between the two is slack of the bound, or a place at which nobody looked. The last row is the whole model.
 

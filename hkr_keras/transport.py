@@ -1,4 +1,4 @@
-"""Exact optimal transport on samples: what 1-Lipschitz networks estimate, and what they cannot pass.
+"""Exact optimal transport on samples: what networks estimate, and the smallest loss that any network can reach.
 
 Needs `pip install 'hkr_keras[transport]'`: POT for distances, SciPy for the linear programme.
 """

@@ -1,4 +1,4 @@
-"""One compiled program out of a function of tensors, or out of a model; and whether a tensor is one of such a program.
+"""Compiles a function of tensors, or a model, to one program, and tells whether a tensor belongs to such a program.
 
 Imports backends, inside its functions: Keras compiles only what its own training and prediction run.
 """
@@ -41,7 +41,7 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def at_inference(model: keras.Model) -> dict[str, bool]:
-    """`training=False` where `call` has such an argument: `stateless_call` hands all that it is given to it.
+    """The argument `training=False` for a model whose `call` takes it: `stateless_call` passes every argument on.
 
     Example:
 

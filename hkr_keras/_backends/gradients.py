@@ -100,7 +100,7 @@ def in_batches(function: Callable, *arrays: Any, batch_size: int) -> np.ndarray:
 
 
 def first_change(changed: Callable[[np.ndarray], np.ndarray], x: Any, z: Any, steps: int = 20) -> np.ndarray:
-    """Between x and z, the points nearest to x at which something has changed that has changed at z, by bisection.
+    """Bisection between x and z: the points nearest to x at which a condition holds that holds at z.
 
     Args:
         changed: function of float32 inputs `(n, ...)` that returns `(n,)` booleans.

@@ -1,4 +1,4 @@
-"""A batch in parts on several replicas: what a loss has to ask the others.
+"""The mean over all replicas of a batch that is split over several devices: an all-reduce.
 
 Imports backends, inside its function: Keras has no public collective operations.
 """

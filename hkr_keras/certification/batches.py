@@ -1,4 +1,4 @@
-"""Data as people have it: arrays, lists, dictionaries, and whatever yields batches, with or without labels."""
+"""Inputs of a model in batches: from arrays, lists, dictionaries and iterables of batches, with or without labels."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any

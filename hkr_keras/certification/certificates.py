@@ -365,7 +365,7 @@ def _read(stored: dict[str, Any]) -> dict[str, Any]:
 
 
 def compare(stored: Certificate, model: keras.Model, x: Any, batch_size: int = 128, verbose: Any = 0) -> list[str]:
-    """What a stored certificate says of a model and its inputs, and a new one does not, in words.
+    """Differences between a stored certificate and a new one for the same model and inputs, in words.
 
     Args: as `Certificate.verify`.
     """

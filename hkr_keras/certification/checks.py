@@ -54,7 +54,7 @@ def overridden(layer: Any, known: type) -> set[str]:
 
 
 def check_layer(layer: Any, known: type | None, shape: Any = None) -> None:
-    """Every check of a layer with one input: it is what its class says, built, finite, and applied to what it knows.
+    """Every check of a layer with one input: its class is unchanged, and its weights, numbers and input fit each other.
 
     Args:
         layer: the layer.
@@ -162,7 +162,7 @@ def _check_shape(layer: Any, shape: Any) -> None:
 
 
 def check_batch_apart(layer: Any, shape: Any) -> None:
-    """Refuses an axis that is, or for an unknown shape may be, the batch."""
+    """Refuses the axis of the batch, and any axis that may be it when the shape is unknown."""
     axis = getattr(layer, "axis", None)
     axes = [] if axis is None else [axis] if isinstance(axis, (int, np.integer)) else list(axis)
     known = shape or build_shape(layer)
@@ -301,7 +301,7 @@ def check_arguments(node: Any, model: Any) -> None:
 
 
 def check_input_dtype(tensor: Any) -> None:
-    """Refuses a symbolic input to which Keras rounds what it is given, at any depth, to integers.
+    """Refuses symbolic inputs of an integer type at any depth, since Keras rounds what it is given to that type.
 
     Raises:
         ValueError: for a type that is not a floating point type.

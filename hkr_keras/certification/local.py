@@ -1,4 +1,4 @@
-"""Lipschitz constants around given inputs, of chains of Dense layers and ReLU: which neurons can change is known there.
+"""Lipschitz constants around given inputs, for chains of Dense layers and ReLU: few neurons change their sign there.
 
 NumPy in float64 on the host, many inputs at once.
 """

@@ -1,9 +1,9 @@
-"""One predictor per model, made anew only when what it was made of has changed.
+"""One compiled predictor per model, which is compiled again only when the model has changed.
 
-A compiled program knows the layers, configuration and plain numbers of the moment when it was made. A certificate must
-never be about such a memory: everything that a program can have read is compared before it is used again. Weights are
-read by the program itself. Where a layer or function is not of Keras or of this package, nothing is known of what it
-reads, and the program is made anew each time.
+A compiled program holds the layers, configuration and plain numbers of the moment when it was compiled. A certificate
+must not be about outdated ones: everything that a program can have read is compared before it is used again. Weights
+are read by the program itself. Where a layer or function is not of Keras or of this package, nothing is known of what
+it reads, and the program is compiled each time.
 """
 
 import hashlib

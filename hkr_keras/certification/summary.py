@@ -1,4 +1,4 @@
-"""Both sides of a Lipschitz constant: the proven upper bound, and the largest change that was found."""
+"""Summaries of Lipschitz constants: the proven upper bound, and the largest ratio of changes that was found."""
 
 import dataclasses
 import inspect
@@ -138,7 +138,7 @@ def lipschitz_summary(
     print_fn: Callable[[str], Any] | None = print,
     details: bool = False,
 ) -> LipschitzSummary:
-    """Prints a table of both sides of the constant of every layer and of the model, and returns it.
+    """Prints upper bounds on the constant of every layer and of the model, beside what was found from below.
 
     Columns: `lower`, what the layer was seen to stretch its input by; the proven upper `bound`; their ratio, 1 when
     the bound is exact; and the `product`, the bound from the input of the model to the output of the layer. With

@@ -1,4 +1,4 @@
-"""Weights of a converted model that data can choose better than its kernels alone: kernels, biases, means and sums.
+"""Fits the weights of a converted model to data: kernels, biases, means and the weights of sums.
 
 Layer by layer, in the order of computation: the activations of the new model are to be a multiple of those of the old
 one. The multiple is free, since no class depends on it.

@@ -1,4 +1,4 @@
-"""Constraints for models that are left as they are."""
+"""Sets constraints on the kernels of a model without replacing its layers."""
 
 from collections.abc import Mapping
 

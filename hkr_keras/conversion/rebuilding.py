@@ -1,4 +1,4 @@
-"""A model with the same graph, made of other layers."""
+"""Rebuilds a model: the same graph, made of other layers."""
 
 import inspect
 from collections.abc import Callable
@@ -29,7 +29,7 @@ _k = keras.layers
 
 
 class Rebuilder:
-    """Rebuilds a model; what was shared stays shared. `stand_ins` tells of every layer what stands for it.
+    """Rebuilds a model with the layers that `stand_ins` gives for each of its layers; shared layers stay shared.
 
     Args:
         stand_ins: takes a layer, and returns new layers and what gives them their weights.

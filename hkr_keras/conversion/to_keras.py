@@ -1,6 +1,6 @@
-"""Plain Keras layers in place of the layers of this package: what is shipped.
+"""Converts models to plain Keras layers, for deployment.
 
-What a layer becomes is its own method, `as_keras`; here is what calls it.
+Every layer of this package has a method `as_keras`, which makes the layers that stand for it; here it is called.
 """
 
 import functools
@@ -31,7 +31,7 @@ _k = keras.layers
 
 
 def to_keras(model: keras.Model, kernels_only: bool = False) -> keras.Model:
-    """A copy of a model in plain Keras layers, with equal outputs: what you ship.
+    """A copy of a model in plain Keras layers with equal outputs, for deployment.
 
     The result needs Keras alone to be loaded, and costs what plain layers of these shapes cost: kernels that are
     composed in the forward pass are stored. It is meant for inference; nothing holds it on the constraint set. Layers

@@ -1,4 +1,4 @@
-"""Lipschitz layers in place of plain Keras ones."""
+"""Converts models of plain Keras layers to Lipschitz layers."""
 
 import functools
 import io

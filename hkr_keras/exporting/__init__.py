@@ -1,4 +1,4 @@
-"""Shipping: the plain Keras model as SavedModel, ONNX or LiteRT, and beside it what turns its outputs into radii."""
+"""Exports models as SavedModel, ONNX or LiteRT, with the constants that turn their outputs into certified radii."""
 
 from hkr_keras.exporting.certificate import ExportedCertificate
 from hkr_keras.exporting.runtimes import ExportedModel, export, load

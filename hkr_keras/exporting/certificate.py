@@ -1,4 +1,4 @@
-"""What lies beside an exported file: the constants that turn its outputs into radii, as JSON."""
+"""The certificate beside an exported file: constants that turn its outputs into certified radii, as JSON."""
 
 import dataclasses
 import hashlib
@@ -37,7 +37,7 @@ def _check(condition: Any, wanted: str) -> None:
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class ExportedCertificate:
-    """What turns the outputs of an exported file into radii: constants, and what the file is about.
+    """The constants that turn the outputs of an exported file into certified radii, and what they are valid for.
 
     Args:
         distances: `(classes, classes)` float64: how far `f_i - f_j` moves at most per unit of L2 distance at the

@@ -1,4 +1,4 @@
-"""Shipping: the plain Keras model as SavedModel, ONNX or LiteRT, and the file in its own runtime."""
+"""Writes models as SavedModel, ONNX or LiteRT, and runs such files in their own runtimes."""
 
 import dataclasses
 import pathlib

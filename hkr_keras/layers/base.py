@@ -1,4 +1,4 @@
-"""The one seam between this package and Keras's own layers."""
+"""Mixins that turn kernel layers of Keras into Lipschitz layers."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol, TypeAlias

@@ -1,4 +1,4 @@
-"""Merging and scaling."""
+"""Residual connections and scaling."""
 
 import functools
 import math

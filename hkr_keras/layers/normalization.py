@@ -1,4 +1,4 @@
-"""Centring: the half of normalisation that has constant 1. Dividing by a standard deviation has none."""
+"""Centring: subtracting a mean has constant 1, while dividing by a standard deviation has no finite constant."""
 
 from typing import Any
 

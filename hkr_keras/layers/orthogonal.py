@@ -1,4 +1,4 @@
-"""Truly orthogonal convolutions: a kernel composed of orthonormal factors, with nothing that iterates."""
+"""Orthogonal convolutions: the kernel is composed of orthonormal factors, without an iteration in the forward pass."""
 
 import inspect
 import itertools

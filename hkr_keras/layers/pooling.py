@@ -1,4 +1,4 @@
-"""Pooling with a constant of 1: windows are scaled so that nothing of the budget is wasted."""
+"""Pooling with a Lipschitz constant of 1, scaled so that the constant is not below 1 either."""
 
 import functools
 import math

@@ -21,7 +21,7 @@ _k = keras.layers
 
 
 def as_stored(numbers: Any, dtype: str) -> Diagonal:
-    """Numbers that a layer multiplies by, and how far those are that it computes with: it rounds them to its type."""
+    """Numbers that a layer multiplies by, and bounds on what rounding them to the type of the layer changes."""
     exact = np.asarray(numbers, dtype=np.float64)
     if not np.isfinite(exact).all():
         raise ValueError(f"Expected finite numbers to multiply by. Received: {numbers}")

@@ -1,4 +1,4 @@
-"""What a row of the tables of rules is, and the hooks through which everyone may add one.
+"""Rows of the tables of rules, and the hooks that register rows for layers of your own.
 
 A row tells of one class of layers, subclasses that compute the same function included:
 
