@@ -148,6 +148,9 @@ class Results:
         parts = {name: values[rows] for name, values in chosen.items() if values is not None}
         return dataclasses.replace(self, **parts)  # type: ignore[type-var]
 
+    def _repr_html_(self) -> str:
+        return html_table(repr(self), (), ())
+
     def _columns(self, y: Any = None) -> dict[str, np.ndarray]:
         raise NotImplementedError
 

@@ -524,9 +524,6 @@ class TopKCertificate(_display.Results):
             f"{_arithmetic(self.rigorous)})"
         )
 
-    def _repr_html_(self) -> str:
-        return _display.html_table(repr(self), (), ())
-
     def _columns(self, y: Any = None) -> dict[str, np.ndarray]:
         columns = {f"radius_{label}": radius for label, radius in enumerate(self.radius.T)}
         return columns if y is None and self.labels is None else {"label": self._labels(y), **columns}
@@ -619,9 +616,6 @@ class OutputCertificate(_display.Results):
             f"OutputCertificate({len(self)} inputs, {shape} outputs, epsilon {self.epsilon:g}, bound {self.bound:.4f}, "
             f"{_arithmetic(self.rigorous)})"
         )
-
-    def _repr_html_(self) -> str:
-        return _display.html_table(repr(self), (), ())
 
     def _columns(self, y: Any = None) -> dict[str, np.ndarray]:
         flat = {name: getattr(self, name).reshape(len(self), -1) for name in ("value", "lower", "upper")}

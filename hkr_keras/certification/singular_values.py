@@ -25,12 +25,12 @@ __all__ = [
     "convolution_bound",
     "convolution_on",
     "convolution_spectrum",
+    "is_cheap",
     "kernel_blocks",
     "kernel_bound",
     "kernel_spectrum",
     "matrix_spectrum",
     "nonnegative_norm_bound",
-    "separable_bound",
 ]
 
 _SLACK = 2e-4  # of the eigenvalues between the points where they are computed
@@ -564,23 +564,13 @@ def _operator_spectrum(
     return dataclasses.replace(spectrum, bound=min(spectrum.bound, by_patches))
 
 
-def separable_bound(layer: keras.layers.Layer, depthwise: str, pointwise: str) -> float:
-    """Upper bound on the norm of a separable convolution: of its composed kernel, or the product if smaller."""
-    first, second = as_float64(getattr(layer, depthwise)), as_float64(getattr(layer, pointwise))
-    product = kernel_bound(layer, depthwise) * kernel_bound(layer, pointwise) * (1 + MACHINE_EPSILON)
-    channels, multiplier = first.shape[-2:]
-    second = second.reshape(channels, multiplier, -1)
-    steps = [min(k, s) for k, s in zip(layer.kernel_size, layer.strides, strict=True)]
-    sides = channels * math.prod(steps), second.shape[-1]
-    shape = (*(-(-k // s) for k, s in zip(layer.kernel_size, steps, strict=True)), 1, max(sides), min(sides))
+def is_cheap(window: Sequence[int], channels: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether a convolution of `channels` (inputs, outputs) can be bounded in seconds, and in less than a gibibyte."""
+    steps = [min(k, s) for k, s in zip(window, strides, strict=True)]
+    sides = channels[0] * math.prod(steps), channels[1]
+    shape = (*(-(-k // s) for k, s in zip(window, steps, strict=True)), 1, max(sides), min(sides))
     seconds = min(_autocorrelation_seconds(shape), _grid(shape, False)[1])
-    too_large = seconds > _BUDGET + 1e-5 * second.size or math.prod(shape) > 2**25
-    if too_large or (max(layer.strides) > 1 and max(layer.dilation_rate) > 1):
-        return product
-    composed = np.einsum("...cm,cmo->...co", first, second)[..., None, :, :]
-    gain = math.sqrt(overlap(layer.kernel_size, layer.strides, layer.dilation_rate))
-    rounding = 4 * multiplier * MACHINE_EPSILON * gain * float(np.linalg.norm(first) * np.linalg.norm(second))
-    return min(product, convolution_bound(composed, layer.strides) + rounding)
+    return seconds <= _BUDGET + 1e-5 * math.prod(channels) and math.prod(shape) <= 2**25
 
 
 def absolute_bound(layer: keras.layers.Layer, name: str) -> float:

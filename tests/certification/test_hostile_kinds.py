@@ -907,6 +907,7 @@ KERNELS = {
     "Conv3D of 4x4x4, strided": lambda: bare(K.Conv3D(16, 4, strides=2), shape=(8, 8, 8, 8)),
     "Conv2DTranspose of 25x25": lambda: bare(K.Conv2DTranspose(1, 25), shape=(8, 8, 1)),
     "SeparableConv2D of 25x25": lambda: bare(K.SeparableConv2D(4, 25), shape=(64, 64, 4)),
+    "SeparableConv2D of 79x79 in 6250 channels": lambda: bare(K.SeparableConv2D(6250, 79), shape=(80, 80, 8)),
     "AveragePooling2D of unknown size": lambda: bare(K.AveragePooling2D(200, 1), shape=(None, None, 1)),
     "AveragePooling1D": lambda: bare(K.AveragePooling1D(2000, 1), shape=(20_000, 1)),
     "Dense of 10 x 10000": lambda: bare(K.Dense(10), shape=(10_000,)),

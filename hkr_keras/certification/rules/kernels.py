@@ -22,7 +22,7 @@ from hkr_keras.certification.floating_point import (
 from hkr_keras.certification.operators import Convolution, Matrix, Operator
 from hkr_keras.certification.rules.activations import activation_bound, check_activation
 from hkr_keras.certification.rules.registry import Shape, layer_rounding, rule
-from hkr_keras.certification.singular_values import absolute_bound, as_float64, kernel_blocks, kernel_bound
+from hkr_keras.certification.singular_values import absolute_bound, as_float64, is_cheap, kernel_blocks, kernel_bound
 from hkr_keras.geometry import kernel_geometries, overlap
 from hkr_keras.layers.base import ComposedKernel
 
@@ -31,8 +31,8 @@ __all__ = ["check_convolution"]
 _k = keras.layers
 
 
-def _operator(layer: Any, shape: Shape) -> Operator:
-    """The linear part of a layer with one kernel, or a depthwise and a pointwise one."""
+def _operator(layer: Any, shape: Shape) -> Operator | None:
+    """The linear part of a layer with one kernel, or a depthwise and a pointwise one; `None` if that is too large."""
     check_built(layer)
     check_kernel_layer(layer, shape)
     (name, geometry), *second = kernel_geometries(layer).items()
@@ -48,6 +48,8 @@ def _operator(layer: Any, shape: Shape) -> Operator:
         return Convolution(blocks=blocks, strides=strides, dilation=dilation, transposed=geometry.transposed, **where)
     depthwise, pointwise = as_float64(getattr(layer, name)), as_float64(getattr(layer, second[0][0]))
     channels, multiplier = depthwise.shape[-2:]
+    if not is_cheap(layer.kernel_size, (channels, pointwise.shape[-1]), strides):
+        return None
     composed = np.einsum("...cm,cmo->...co", depthwise, pointwise.reshape(channels, multiplier, -1))[..., None, :, :]
     gain = math.sqrt(overlap(layer.kernel_size, layer.strides, layer.dilation_rate))
     return Convolution(
@@ -55,9 +57,19 @@ def _operator(layer: Any, shape: Shape) -> Operator:
         strides=strides,
         dilation=dilation,
         error=4 * multiplier * MACHINE_EPSILON * gain * float(np.linalg.norm(depthwise) * np.linalg.norm(pointwise)),
-        limit=kernel_bound(layer, name) * kernel_bound(layer, second[0][0]) * (1 + MACHINE_EPSILON),
+        limit=_product(layer),
         **where,
     )
+
+
+def _product(layer: Any) -> float:
+    """Upper bound on the norm from those of the kernels."""
+    return math.prod(kernel_bound(layer, name) for name in kernel_geometries(layer)) * (1 + MACHINE_EPSILON)
+
+
+def _bound(layer: Any, shape: Shape) -> float:
+    operator, slope = _operator(layer, shape), _slope(layer, shape)
+    return (_product(layer) if operator is None else operator.bound) * (1.0 if slope is None else slope)
 
 
 def _slope(layer: Any, shape: Shape) -> float | None:
@@ -157,6 +169,7 @@ def _reflection(layer: Any, shape: Shape) -> float:
 rule(
     *(_k.Dense, _k.Conv1D, _k.Conv2D, _k.Conv3D, _k.Conv1DTranspose, _k.Conv2DTranspose, _k.Conv3DTranspose),
     *(_k.DepthwiseConv1D, _k.DepthwiseConv2D, _k.SeparableConv1D, _k.SeparableConv2D),
+    bound=_bound,
     tail=_operator,
     slope=_slope,
     rounding=_rounding,
