@@ -1,9 +1,9 @@
-"""The residual connection is a convex combination."""
+"""The residual connection is a convex combination, and `Scale` multiplies by its one number."""
 
 import keras
 import numpy as np
 import pytest
-from helpers import adam_steps, largest_ratio, normal, to_numpy
+from helpers import adam_steps, check_layer, largest_ratio, normal, to_numpy
 
 import hkr_keras as hkr
 
@@ -47,3 +47,16 @@ def test_masks_go_on_as_in_the_sum_of_keras():
         assert (mask is None) == (expected is None)
         if mask is not None:
             assert np.array_equal(keras.ops.convert_to_numpy(mask), keras.ops.convert_to_numpy(expected))
+
+
+@pytest.mark.parametrize("k", [2.5, -3, 0.125])
+def test_scale(k):
+    layer = check_layer(L.Scale(k), (4, 3), constant=abs(k))
+    x = normal((2, 4, 3))
+    np.testing.assert_allclose(to_numpy(layer(x)), k * x, rtol=1e-6)
+
+
+@pytest.mark.parametrize("k", [0, 0.0, float("inf"), float("nan"), "2", None, 1j])
+def test_bad_scale(k):
+    with pytest.raises(ValueError, match="Received: k="):
+        L.Scale(k)
