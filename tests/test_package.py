@@ -37,12 +37,9 @@ CONTRACT = {
     hkr.explanations: "saliency counterfactual nearest_adversarial",
     hkr.transport: "wasserstein1 hkr_optimum",
 }
-CLASSES = [
-    getattr(module, name)
-    for module, names in CONTRACT.items()
-    for name in names.split()
-    if inspect.isclass(getattr(module, name))
-]
+NAMED = [getattr(module, name) for module, names in CONTRACT.items() for name in names.split()]
+NAMED += [getattr(hkr.layers, name) for name in hkr.layers.__all__]
+CLASSES = list(dict.fromkeys(filter(inspect.isclass, NAMED)))
 
 
 @pytest.mark.parametrize("module", CONTRACT, ids=lambda module: module.__name__)
