@@ -70,13 +70,17 @@ def _held(values: Iterable[Any]) -> Iterator[Any]:
             yield from _held(value.values() if isinstance(value, dict) else value)
 
 
-def _shared(item: pytest.Item) -> Iterator[str]:
-    """Names of variables of a module, and of parameters, that hold what one test could change for another."""
-    variables = vars(item.module) if isinstance(item, pytest.Function) else {}
-    parameters = item.callspec.params if hasattr(item, "callspec") else {}
-    for name, value in [*variables.items(), *parameters.items()]:
-        if any(isinstance(each, (keras.layers.Layer, keras.Loss, keras.Metric)) for each in _held([value])):
-            yield f"{item.location[0]} {name if name in variables else item.name}"
+def _shared(items: list[pytest.Item]) -> list[str]:
+    """Names of variables of test modules, and of parameters, that hold what one test could change for another."""
+    held = {item.location[0]: vars(item.module) for item in items if isinstance(item, pytest.Function)}
+    held |= {item.nodeid: item.callspec.params for item in items if hasattr(item, "callspec")}
+    changeable = (keras.layers.Layer, keras.Loss, keras.Metric)
+    return [
+        f"{place}: {name}"
+        for place, variables in held.items()
+        for name, value in variables.items()
+        if not name.startswith("__") and any(isinstance(each, changeable) for each in _held([value]))
+    ]
 
 
 def pytest_addoption(parser):
@@ -88,8 +92,7 @@ def pytest_collection_modifyitems(config, items):
     addresses = [item.nodeid for item in items if " at 0x" in item.nodeid]
     if addresses:
         raise pytest.UsageError(f"Expected names of tests that are the same in every worker. Received: {addresses}")
-    shared = sorted({name for item in items for name in _shared(item)})
-    if shared:
+    if shared := _shared(items):
         raise pytest.UsageError(f"Expected tests that make their layers and models themselves. Received: {shared}")
     backend = keras.backend.backend()
     if backend == "torch" or config.getoption("--everywhere"):
