@@ -41,6 +41,7 @@ MODELS = {
     "cnn_orthogonal": CNN,
     "cnn_wide": "32 32 P 64 64 P F 256",
     "resnet": "",
+    "shift_net": "P P D64 S64 S64 S64 S64 F 128",
 }
 LOSSES = {
     "hkr": lambda o: hkr.losses.MulticlassHKR(o.alpha, o.margin),
@@ -128,7 +129,8 @@ def network(options, shape, classes: int) -> keras.Sequential:
     """The layers of `--layers` (or of `--model`), and a head.
 
     Numbers are orthogonal 3 x 3 convolutions, behind `F` dense layers, each with GroupSort(2); `P` is invertible
-    down-sampling, `A` a mean over 2 x 2 pixels in an orthonormal basis, `F` flattens.
+    down-sampling, `A` a mean over 2 x 2 pixels in an orthonormal basis, `F` flattens; `D64` is a dense layer over
+    channels, `S64` one behind a shift.
     """
     head, outputs = HEADS[options.head](), 1 if options.loss == "binary_hkr" else classes
     if not options.layers and options.model in ("cnn", "resnet"):
@@ -144,9 +146,11 @@ def network(options, shape, classes: int) -> keras.Sequential:
             model.add(keras.layers.Flatten())
             flat = True
         else:
-            size = int(name)
+            size, dense = int(name.lstrip("DS")), flat or name[0] in "DS"
+            if name[0] == "S":
+                model.add(hkr.layers.SpatialShift2D())
             convolution = hkr.layers.OrthogonalConv2D
-            model.add(hkr.layers.LipschitzDense(size) if flat else convolution(size, 3, padding="same"))
+            model.add(hkr.layers.LipschitzDense(size) if dense else convolution(size, 3, padding="same"))
             model.add(hkr.layers.GroupSort(2))
     model.add(hkr.layers.LipschitzDense(outputs, kernel_constraint=head))
     return model

@@ -177,10 +177,21 @@ kind("SLLConv2D", 3)(lambda r, s: f"L.SLLConv2D({size(r)}, {size(r, 1, 2) * 2 - 
 kind("AOLConv2D", 3)(lambda r, s: f"L.AOLConv2D({size(r)}, {size(r, 1, 3)}, strides={size(r, 1, 2)})")
 kind("InvertibleDownsampling2D", 3)(lambda r, s: "L.InvertibleDownsampling2D(2)")
 kind("InvertibleUpsampling2D", 3)(lambda r, s: "L.InvertibleUpsampling2D((1, 2))")
+kind("SpatialShift1D", 2)(lambda r, s: f"L.SpatialShift1D('{pick(r, 'circular', 'same')}'{data_format(r)})")
+kind("SpatialShift2D", 3)(
+    lambda r, s: f"keras.Sequential([keras.Input({s}), K.Dense(5), L.SpatialShift2D('{pick(r, 'circular', 'same')}')])"
+)
+kind("ChannelShuffle")(lambda r, s: f"L.ChannelShuffle({size(r, 1, 3)}, axis={pick(r, -1, -1, 1)})")
 kind("LipschitzSimpleRNN", 2)(
     lambda r, s: (
         f"L.LipschitzSimpleRNN({size(r)}, activation={pick(r, repr('tanh'), repr('relu'), repr('linear'))}, "
         f"return_sequences={pick(r, True, False)}, go_backwards={pick(r, True, False)})"
+    )
+)
+kind("Bidirectional", 2)(
+    lambda r, s: (
+        f"K.Bidirectional(L.LipschitzSimpleRNN({size(r)}, activation={pick(r, repr('tanh'), repr('linear'))}, "
+        f"return_sequences={pick(r, True, False)}), merge_mode={pick(r, repr('concat'), repr('sum'), repr('ave'))})"
     )
 )
 kind("GroupSort")(lambda r, s: f"L.GroupSort({size(r, 2, 3)}, axis={pick(r, -1, -1, 1, -2)})")
@@ -189,6 +200,12 @@ kind("FullSort")(lambda r, s: f"L.FullSort(axis={pick(r, -1, 1)})")
 kind("Householder")(lambda r, s: f"L.Householder(axis={pick(r, -1, -1, 1)})")
 kind("LayerCentering")(lambda r, s: f"L.LayerCentering(axis={pick(r, -1, 1)}, center={pick(r, True, False)})")
 kind("BatchCentering")(lambda r, s: f"L.BatchCentering(center={pick(r, True, False)})")
+kind("LipschitzBatchNormalization")(
+    lambda r, s: (
+        f"L.LipschitzBatchNormalization(axis={pick(r, -1, -1, 1)}, epsilon={pick(r, 1e-3, 1e-7, 1.0)}, "
+        f"center={pick(r, True, False)}, scale={pick(r, True, False)})"
+    )
+)
 kind("Scale")(lambda r, s: f"L.Scale({pick(r, 0.5, -2.0, 1e-3, 1e4, 1e-20, 1 / 3)})")
 kind("BatchNormalization")(
     lambda r, s: (

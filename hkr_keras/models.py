@@ -13,7 +13,7 @@ from hkr_keras import layers
 from hkr_keras.certification.bounds import lipschitz_bound, model_states
 from hkr_keras.constraints import LipschitzConstraint, UnitNorm
 
-__all__ = ["lipschitz_cnn", "lipschitz_mlp", "lipschitz_resnet", "monotone"]
+__all__ = ["lipschitz_cnn", "lipschitz_mlp", "lipschitz_resnet", "lipschitz_shift_net", "monotone"]
 
 
 def lipschitz_mlp(
@@ -129,6 +129,59 @@ def lipschitz_resnet(
     model.add(keras.layers.Flatten())
     model.add(layers.LipschitzDense(width))
     model.add(layers.GroupSort(2))
+    model.add(layers.LipschitzDense(classes, kernel_constraint=head_constraint or UnitNorm()))
+    return model
+
+
+def lipschitz_shift_net(
+    input_shape: Sequence[int | None],
+    classes: int,
+    channels: int = 64,
+    depth: int = 4,
+    patch: int = 4,
+    width: int = 128,
+    head_constraint: LipschitzConstraint | None = None,
+) -> keras.Sequential:
+    """A net without convolutions: channels move to neighbouring pixels, and orthonormal Dense layers mix channels.
+
+    Patches of pixels become channels first, since copies at full resolution cost more than what they move. Then follow
+    `depth` times a `SpatialShift2D`, a Dense layer over channels and GroupSort(2), and a hidden layer and a head.
+
+    Args:
+        input_shape: `(height, width, channels)`, sizes that `patch` divides; `(channels, height, width)` where
+            `keras.config.image_data_format()` says so. Of unknown sizes, the hidden layer sees means over all pixels.
+        classes: number of outputs; 1 for a binary score.
+        channels: of the Dense layers, an even number above 4.
+        depth: how often channels move: a pixel sees others so many patches away.
+        patch: height and width of the patches.
+        width: of the hidden layer, even.
+        head_constraint: of the last kernel, by default `UnitNorm()`.
+
+    Returns:
+        An uncompiled model with outputs `(batch, classes)`.
+
+    Example:
+
+    >>> lipschitz_shift_net((28, 28, 1), 10).output_shape
+    (None, 10)
+
+    Reference:
+        LipNeXt, arXiv 2601.18513.
+    """
+    model = keras.Sequential([keras.Input(tuple(input_shape))])
+    if keras.config.image_data_format() == "channels_first":
+        model.add(keras.layers.Permute((2, 3, 1)))
+    last = {"data_format": "channels_last"}
+    model.add(layers.InvertibleDownsampling2D(patch, **last))
+    for shift in range(depth + 1):
+        if shift:
+            model.add(layers.SpatialShift2D(**last))
+        model.add(layers.LipschitzDense(channels))
+        model.add(layers.GroupSort(2, axis=-1))
+    known = None not in model.output_shape[1:]
+    model.add(keras.layers.Flatten() if known else layers.ScaledGlobalAveragePooling2D(**last))
+    model.add(layers.LipschitzDense(width))
+    model.add(layers.GroupSort(2, axis=-1))
     model.add(layers.LipschitzDense(classes, kernel_constraint=head_constraint or UnitNorm()))
     return model
 

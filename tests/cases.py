@@ -58,6 +58,11 @@ LINEAR = [
     (lambda: L.Scale(-3.0), (4,), 1.01),
     (L.LayerCentering, (4,), 1.01),
     (L.BatchCentering, (4,), 1.01),
+    (L.LipschitzBatchNormalization, (3, 4), 1.00001),
+    (lambda: L.LipschitzBatchNormalization(scale=False, center=False), (4,), 1.00001),
+    (L.SpatialShift1D, (4, 3), 1.01),
+    (lambda: L.SpatialShift2D(padding="same"), (3, 4, 5), 1.01),
+    (lambda: L.ChannelShuffle(3), (2, 6), 1.01),
 ]
 
 NONLINEAR = [
@@ -122,6 +127,7 @@ ROUNDED = [
     (lambda: K.Rescaling(1 / 255, offset=-0.3), (20,)),
     (L.LayerCentering, (40,)),
     (L.BatchCentering, (5, 4)),
+    (L.LipschitzBatchNormalization, (6, 4)),
     (lambda: L.GroupSort(2), (30,)),
     (lambda: L.GroupSort(5), (30,)),
     (L.MaxMin, (30,)),
@@ -135,6 +141,8 @@ ROUNDED = [
     (K.Flatten, (3, 3)),
     (lambda: K.UpSampling2D(2), (3, 3, 2)),
     (lambda: L.InvertibleDownsampling2D(2), (4, 4, 2)),
+    (L.SpatialShift2D, (3, 4, 6)),
+    (lambda: L.ChannelShuffle(2), (3, 6)),
 ]
 
 MERGES = [K.Add, K.Average, K.Maximum, K.Concatenate, L.LipschitzResidual, K.Subtract]
@@ -145,7 +153,8 @@ IMAGES = [
     *(L.Householder, lambda: L.ScaledAveragePooling2D(2), lambda: L.L2NormPooling2D(3, 1, "same")),
     *(L.ScaledGlobalAveragePooling2D, L.GlobalL2NormPooling2D),
     *(lambda: L.InvertibleDownsampling2D(2), lambda: L.InvertibleUpsampling2D(2)),
-    *(L.LayerCentering, L.BatchCentering, lambda: L.Scale(2.0)),
+    *(L.LayerCentering, L.BatchCentering, L.LipschitzBatchNormalization, lambda: L.Scale(2.0)),
+    lambda: L.ChannelShuffle(2),
 ]
 
 
@@ -182,11 +191,18 @@ def _converted():
         yield partial(cls, axis=axis), (8, 5, 3)
     yield partial(L.InvertibleDownsampling2D, (2, 3)), IMAGE
     yield partial(L.InvertibleUpsampling2D, (1, 2)), IMAGE
+    for padding in ("circular", "same"):
+        yield partial(L.SpatialShift1D, padding), SEQUENCE
+        yield partial(L.SpatialShift2D, padding, data_format="channels_first"), (6, 5, 4)
+    yield partial(L.ChannelShuffle, 2), IMAGE
+    yield partial(L.ChannelShuffle, 3, axis=1), IMAGE
     yield partial(L.Scale, -2.5), VECTOR
     yield L.LayerCentering, IMAGE
     yield partial(L.LayerCentering, axis=(1, 2), center=False), IMAGE
     yield L.BatchCentering, IMAGE
     yield partial(L.BatchCentering, center=False, axis=1), IMAGE
+    yield L.LipschitzBatchNormalization, IMAGE
+    yield partial(L.LipschitzBatchNormalization, axis=1, center=False, scale=False, epsilon=0.5), IMAGE
 
 
 CONVERTED = list(_converted())

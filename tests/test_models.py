@@ -13,6 +13,7 @@ SMALL = {
     "cnn": lambda: models.lipschitz_cnn((8, 8, 1), 3, filters=(4, 4), width=8),
     "cnn_orthogonal": lambda: models.lipschitz_cnn((8, 8, 1), 3, filters=(4, 4), width=8, orthogonal=True),
     "resnet": lambda: models.lipschitz_resnet((8, 8, 1), 3, channels=4, blocks=(1, 1), width=8),
+    "shift_net": lambda: models.lipschitz_shift_net((8, 8, 1), 3, channels=10, depth=2, patch=2, width=8),
 }
 
 
@@ -34,6 +35,7 @@ def test_every_output_is_one_lipschitz_before_and_after_training(name):
         lambda head: models.lipschitz_mlp((8, 8, 1), 3, (16, 8), head_constraint=head),
         lambda head: models.lipschitz_cnn((8, 8, 1), 3, (4, 4), 8, orthogonal=True, head_constraint=head),
         lambda head: models.lipschitz_resnet((8, 8, 1), 3, 4, (1, 1), 8, head_constraint=head),
+        lambda head: models.lipschitz_shift_net((8, 8, 1), 3, 10, 1, 4, 8, head_constraint=head),
     ],
 )
 def test_an_orthonormal_head_makes_the_net_one_lipschitz_and_classes_equally_far_apart(make):
@@ -58,6 +60,19 @@ def test_gradients_pass_through_a_deep_residual_net():
     norms = np.linalg.norm(gradient(lambda x: model(x)[:, :1], normal((8, 8, 8, 2))).reshape(8, -1), axis=1)
     assert np.all(norms <= 1 + 1e-5)
     assert np.all(norms >= 0.3)
+
+
+def test_the_shift_net_takes_channels_first_and_images_of_any_size(monkeypatch):
+    last = models.lipschitz_shift_net((8, 8, 3), 2, channels=6, depth=1, width=4)
+    monkeypatch.setattr(keras.config, "image_data_format", lambda: "channels_first")
+    first = models.lipschitz_shift_net((3, 8, 8), 2, channels=6, depth=1, width=4)
+    monkeypatch.undo()
+    first.set_weights(last.get_weights())
+    x = normal((2, 8, 8, 3))
+    np.testing.assert_array_equal(first.predict(np.moveaxis(x, -1, 1), verbose=0), last.predict(x, verbose=0))
+    model = models.lipschitz_shift_net((None, None, 3), 2, channels=6, depth=1, width=4)
+    assert model.predict(normal((2, 12, 4, 3)), verbose=0).shape == (2, 2)
+    assert hkr.lipschitz_bound(model) <= np.sqrt(2) * (1 + 1e-5)
 
 
 def test_size_of_the_residual_net():

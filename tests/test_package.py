@@ -25,7 +25,8 @@ CONTRACT = {
         "L2NormPooling2D L2NormPooling3D ScaledAveragePooling1D "
         "ScaledAveragePooling2D ScaledAveragePooling3D GlobalL2NormPooling1D GlobalL2NormPooling2D "
         "ScaledGlobalAveragePooling1D ScaledGlobalAveragePooling2D InvertibleDownsampling2D InvertibleUpsampling2D "
-        "LayerCentering BatchCentering LipschitzResidual Scale "
+        "LayerCentering BatchCentering LipschitzResidual Scale SpatialShift1D SpatialShift2D ChannelShuffle "
+        "LipschitzBatchNormalization "
         "OrthogonalConv1D OrthogonalConv2D OrthogonalConv1DTranspose OrthogonalConv2DTranspose "
         "AOLDense AOLConv2D ReflectorDense SLLDense SLLConv2D LipschitzSimpleRNN"
     ),

@@ -1,4 +1,4 @@
-"""The mean over all replicas of a batch that is split over several devices: an all-reduce.
+"""Means and sums over all replicas of a batch that is split over several devices: an all-reduce.
 
 Imports backends, inside its function: Keras has no public collective operations.
 """
@@ -49,3 +49,54 @@ def mean(tensor: Tensor, predictions: Tensor) -> Tensor:
             group.all_reduce(total)
             return total / group.get_world_size()
     return tensor
+
+
+def total(tensor: Tensor) -> Tensor:
+    """The sum over all replicas of a tensor that every replica has in training; gradients flow through it.
+
+    With the gradient of a sum: each replica gets the sum of what all of them ask for. Replicas are those of `mean`; on
+    PyTorch, all processes of the default group have to take part, unless gradients are switched off.
+
+    Args:
+        tensor: of the same shape and dtype on all replicas.
+
+    Returns:
+        A tensor of that shape and dtype, equal on all replicas; the tensor itself where there is one replica.
+
+    Example:
+
+    >>> float(total(keras.ops.array(2.0)))
+    2.0
+    """
+    backend = keras.backend.backend()
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        context = tf.distribute.get_replica_context()
+        if context is not None and context.num_replicas_in_sync > 1:
+            return context.all_reduce(tf.distribute.ReduceOp.SUM, tensor)
+    elif backend == "torch" and tensor.device.type != "meta":  # where Keras only asks for the shape
+        import torch
+
+        group = torch.distributed
+        several = group.is_available() and group.is_initialized() and group.get_world_size() > 1
+        if several and torch.is_grad_enabled():
+            return _sum_over_processes(tensor)
+    return tensor
+
+
+def _sum_over_processes(tensor: Tensor) -> Tensor:
+    import torch
+
+    class Sum(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, own: Tensor) -> Tensor:
+            summed = own.detach().clone(memory_format=torch.contiguous_format)
+            torch.distributed.all_reduce(summed)
+            return summed
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> Tensor:
+            return Sum.forward(ctx, gradient)
+
+    return Sum.apply(tensor)

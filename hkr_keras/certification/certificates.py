@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 _NORMS = (1, 2, math.inf)
-_METHODS = ("score", "pairwise", "logits")
+_METHODS = ("score", "pairwise", "logits", "local")
 
 _STATEMENT = (
     "For every input: no change of L2 norm below its radius (in the units of the model's input) alters the "
@@ -94,7 +94,7 @@ class Certificate(_display.Results):
         prediction: `(n,)` integers, the predicted classes; for a single score 1 where it is positive.
         bound: proven Lipschitz constant of the whole model.
         classes: number of outputs of the model; 1 for a binary score.
-        method: `"score"`, `"pairwise"` or `"logits"`, see `certify`.
+        method: `"score"`, `"pairwise"`, `"logits"` or `"local"`, see `certify`.
         rigorous: whether the radii cover the rounding of the deployed network.
         dimension: numbers in one input, for radii in other norms than L2; `None` when unknown.
         model_hash: `hash_of_model` of the model; `None` when unknown.
@@ -340,7 +340,7 @@ def _read(stored: dict[str, Any]) -> dict[str, Any]:
     _check(type(classes) is int and classes >= 1, "a number of classes")
     _check(_is_number(bound) and bound > 0, "a positive bound")
     _check(method in _METHODS and (method == "score") == (classes == 1), "a method that fits the number of classes")
-    _check(type(rigorous) is bool, "true or false")
+    _check(type(rigorous) is bool and not (rigorous and method == "local"), "true or false, and exact around inputs")
     _check(dimension is None or (type(dimension) is int and dimension >= 1), "a positive dimension")
     _check(model_hash is None or (len(model_hash) == 64 and int(model_hash, 16) >= 0), "a hash")
     _check(all(isinstance(version, str) for version in stored["versions"].values()), "versions in words")
@@ -369,7 +369,7 @@ def compare(stored: Certificate, model: keras.Model, x: Any, batch_size: int = 1
 
     Args: as `Certificate.verify`.
     """
-    again, scales = _certified(model, x, batch_size, verbose, stored.rigorous)
+    again, scales = _certified(model, x, batch_size, verbose, stored.rigorous, stored.method == "local")
     slack, differences = 1e-6 * scales, []
     if stored.model_hash is not None and stored.model_hash != again.model_hash:
         differences.append(f"model: expected {stored.model_hash}, found {again.model_hash}")
@@ -409,7 +409,12 @@ def _check_epsilon(epsilon: Any) -> float:
 
 
 def certify(
-    model: keras.Model, x: Any, batch_size: int = 128, verbose: Any = "auto", rigorous: bool = False
+    model: keras.Model,
+    x: Any,
+    batch_size: int = 128,
+    verbose: Any = "auto",
+    rigorous: bool = False,
+    local: bool = False,
 ) -> Certificate:
     """Proves for every input a radius within which the predicted class cannot change.
 
@@ -418,7 +423,10 @@ def certify(
     - one score f, `method="score"`: class 1 where f > 0, radius `|f| / L`;
     - logits from a final Dense layer W, `method="pairwise"`: with L' the constant of everything before it,
       radius `min over j of (f_i - f_j) / (L' |w_i - w_j|)`, always valid and never worse than the next;
-    - other logits, `method="logits"`: `(f_i - f_j) / (sqrt(2) L)`.
+    - other logits, `method="logits"`: `(f_i - f_j) / (sqrt(2) L)`;
+    - `local=True`, `method="local"`: the larger of that and, with `L_ij(e)` the constant of `f_i - f_j` within a
+      distance e of this input, the best `min(e, min over j of (f_i - f_j) / L_ij(e))`. For plain ReLU networks, whose
+      constant is far larger in some places than around their inputs.
 
     These radii are about the network in exact arithmetic. With `rigorous=True` they are about the network as it
     is deployed: no float32 input within the radius is classified differently, whatever is rounded on the way. With
@@ -434,15 +442,18 @@ def certify(
         batch_size: inputs per batch of an array; data and activations of one batch at a time are held in memory.
         verbose: 0 for silence, 1 or `"auto"` for a progress bar.
         rigorous: whether to cover the rounding of the float32 network.
+        local: whether to look for radii around each input too: chains of Dense layers and (leaky) ReLU that end in at
+            least two logits, exact arithmetic, some hundredths of a second for each input.
 
     Returns:
-        A `Certificate` with `radius`, `prediction` and `bound`.
+        A `Certificate` with `radius`, `prediction` and `bound`, that of the whole space.
 
     Raises:
         ValueError: for an empty or non-finite x, weights or logits that are not finite, inputs or layers of float16
             or bfloat16 (or a global `floatx` of that kind), a constant model, a binary model that ends in a sigmoid
             (its score has no sign), a layer without a known bound; under `rigorous=True` also for subnormal weights,
-            layers whose rounding is not known, and a machine that computes products in reduced precision.
+            layers whose rounding is not known, and a machine that computes products in reduced precision; under
+            `local=True` also for other layers than those, by name, and together with `rigorous=True`.
 
     Example:
 
@@ -456,14 +467,19 @@ def certify(
         Serrurier et al., CVPR 2021 (binary); Tsuzuku et al., NeurIPS 2018 (arXiv 1802.04034), section 4; arXiv
         2603.13334 for the rounding.
     """
-    return _certified(model, x, batch_size, verbose, rigorous)[0]
+    if local and rigorous:
+        raise ValueError(
+            "Expected radii around inputs in exact arithmetic, since what rounding adds is bounded for the whole ball "
+            "by the constants of the whole space. Received: local=True, rigorous=True"
+        )
+    return _certified(model, x, batch_size, verbose, rigorous, local)[0]
 
 
 def _certified(
-    model: keras.Model, x: Any, batch_size: int, verbose: Any, rigorous: bool
+    model: keras.Model, x: Any, batch_size: int, verbose: Any, rigorous: bool, local: bool
 ) -> tuple[Certificate, np.ndarray]:
     """The certificate, and how far each input and its outputs are from 0, in units of the input."""
-    found = evaluate(model, x, batch_size, verbose, rigorous)
+    found = evaluate(model, x, batch_size, verbose, rigorous, local)
     if found.outputs.ndim not in (1, 2):
         raise ValueError(f"Expected outputs of shape (n, 1) or (n, classes). Received: shape={found.outputs.shape}")
     if found.state.constant == 0.0:
@@ -495,6 +511,8 @@ def _decided(found: Evaluation) -> tuple[np.ndarray, np.ndarray, str]:
     for label in np.unique(prediction):
         chosen = prediction == label
         radius[chosen] = found.rival_radii(label, chosen).min(axis=1)
+    if found.local_radii is not None:
+        return prediction, np.maximum(radius, found.local_radii), "local"
     return prediction, radius, "logits" if found.state.tail is None else "pairwise"
 
 

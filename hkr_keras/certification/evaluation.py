@@ -12,7 +12,8 @@ import numpy as np
 from hkr_keras._version import __version__
 from hkr_keras.certification import bounds
 from hkr_keras.certification.batches import batches, to_float32
-from hkr_keras.certification.floating_point import LARGEST, SMALLEST_NORMAL, Affine, norms
+from hkr_keras.certification.floating_point import LARGEST, MACHINE_EPSILON, SMALLEST_NORMAL, Affine, norms
+from hkr_keras.certification.local import local_radii
 from hkr_keras.certification.prediction import Predictor
 from hkr_keras.certification.radii import ROUNDED_DOWN, output_constants, pair_constants, radii, rival_margins
 from hkr_keras.certification.rounding import Tracer
@@ -73,6 +74,7 @@ class Evaluation:
         input_rounding: `(n,)`, how far the inputs moved when they were rounded to float32.
         lengths: `(n,)`, Euclidean norms of the inputs.
         labels: that came with the inputs, or `None`.
+        local_radii: `(n,)`, from constants around each input, in exact arithmetic; `None` when they were not asked for.
     """
 
     outputs: np.ndarray
@@ -87,6 +89,7 @@ class Evaluation:
     input_rounding: np.ndarray
     lengths: np.ndarray
     labels: np.ndarray | None = None
+    local_radii: np.ndarray | None = None
 
     @property
     def is_score(self) -> bool:
@@ -141,7 +144,9 @@ class Evaluation:
         return np.where(reach > 0, reach, 0.0)
 
 
-def evaluate(model: keras.Model, x: Any, batch_size: int, verbose: Any, rigorous: bool) -> Evaluation:
+def evaluate(
+    model: keras.Model, x: Any, batch_size: int, verbose: Any, rigorous: bool, local: bool = False
+) -> Evaluation:
     """Predicts, and proves what can be proven of the outputs, batch by batch.
 
     Args and errors: those of `hkr_keras.certify`.
@@ -159,7 +164,11 @@ def evaluate(model: keras.Model, x: Any, batch_size: int, verbose: Any, rigorous
     dimension = 0
     for step, (arrays, labels) in enumerate(stream, start=1):
         dimension = _dimension(arrays, dimension)
-        parts.append(_evaluate_batch(arrays, labels, predict, tracer))
+        part = _evaluate_batch(arrays, labels, predict, tracer)
+        if local:
+            around = local_radii(model, arrays[0].astype(np.float32), prediction=part["outputs"].argmax(axis=-1))
+            part["local_radii"] = np.maximum(around - part["input_rounding"], 0.0) * (1 - 4 * MACHINE_EPSILON)
+        parts.append(part)
         bar.update(step)
     if not parts:
         raise ValueError("Expected at least one input. Received: x without batches")

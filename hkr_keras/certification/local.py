@@ -59,7 +59,7 @@ def local_bound(model: Any, x: Any, epsilon: float | np.ndarray) -> np.ndarray:
     return np.minimum(found, lipschitz_bound(model, method="semidefinite"))
 
 
-def local_radii(model: Any, x: Any, steps: int = 10) -> np.ndarray:
+def local_radii(model: Any, x: Any, steps: int = 10, prediction: np.ndarray | None = None) -> np.ndarray:
     """Certified radii from constants around each input: no smaller change alters the class, in exact arithmetic.
 
     With `L_ij(e)` the constant of `f_i - f_j` in the ball of radius e, `min(e, min_j (f_i - f_j) / L_ij(e))` is a
@@ -69,9 +69,10 @@ def local_radii(model: Any, x: Any, steps: int = 10) -> np.ndarray:
         model: as in `local_bound`, with at least two outputs.
         x: inputs `(n, ...)`.
         steps: of the bisection, each as expensive as `local_bound`.
+        prediction: integers `(n,)`, the classes that shall not change; `None` for those of exact arithmetic.
 
     Returns:
-        Array `(n,)`, float64, in units of the input; 0 for ties.
+        Array `(n,)`, float64, in units of the input; 0 for ties and where another class is in front.
 
     Example:
 
@@ -94,7 +95,7 @@ def local_radii(model: Any, x: Any, steps: int = 10) -> np.ndarray:
         value, error = _applied(value, error, kernel, bias)
         if i < len(slopes):
             value = np.where(value > 0, value, slopes[i] * value)
-    rows, columns = np.arange(len(points)), value.argmax(axis=1)
+    rows, columns = np.arange(len(points)), value.argmax(axis=1) if prediction is None else prediction
     margins = value[rows, columns, None] - value
     margins = (margins - error - error[rows, columns, None]) * (1 - 4 * MACHINE_EPSILON)
     margins[rows, columns] = np.inf

@@ -216,6 +216,7 @@ _WITHOUT_NUMBERS = (
     *(_k.MaxPooling1D, _k.MaxPooling2D, _k.MaxPooling3D, _k.Minimum, _k.Permute, _k.ReLU, _k.Reshape, _k.Subtract),
     *(layers.FullSort, layers.GroupSort, layers.MaxMin),
     *(layers.InvertibleDownsampling2D, layers.InvertibleUpsampling2D),
+    *(layers.ChannelShuffle, layers.SpatialShift1D, layers.SpatialShift2D),
 )
 
 

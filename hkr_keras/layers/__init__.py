@@ -18,7 +18,7 @@ from hkr_keras.layers.kernels import (
     LipschitzSeparableConv2D,
 )
 from hkr_keras.layers.merging import LipschitzResidual, Scale
-from hkr_keras.layers.normalization import BatchCentering, LayerCentering
+from hkr_keras.layers.normalization import BatchCentering, LayerCentering, LipschitzBatchNormalization
 from hkr_keras.layers.orthogonal import (
     OrthogonalConv1D,
     OrthogonalConv1DTranspose,
@@ -41,11 +41,13 @@ from hkr_keras.layers.pooling import (
 )
 from hkr_keras.layers.recurrent import LipschitzSimpleRNN
 from hkr_keras.layers.reflectors import ReflectorDense
+from hkr_keras.layers.shifts import ChannelShuffle, SpatialShift1D, SpatialShift2D
 
 __all__ = [
     "AOLConv2D",
     "AOLDense",
     "BatchCentering",
+    "ChannelShuffle",
     "FullSort",
     "GlobalL2NormPooling1D",
     "GlobalL2NormPooling2D",
@@ -57,6 +59,7 @@ __all__ = [
     "L2NormPooling2D",
     "L2NormPooling3D",
     "LayerCentering",
+    "LipschitzBatchNormalization",
     "LipschitzConv1D",
     "LipschitzConv1DTranspose",
     "LipschitzConv2D",
@@ -85,6 +88,8 @@ __all__ = [
     "ScaledAveragePooling3D",
     "ScaledGlobalAveragePooling1D",
     "ScaledGlobalAveragePooling2D",
+    "SpatialShift1D",
+    "SpatialShift2D",
 ]
 
 __getattr__ = renamed(

@@ -10,7 +10,7 @@ from keras import ops
 from hkr_keras._registration import registered
 from hkr_keras.layers.base import PlainLayers
 
-__all__ = ["FullSort", "GroupSort", "Householder", "MaxMin"]
+__all__ = ["ChannelLayer", "FullSort", "GroupSort", "Householder", "MaxMin"]
 
 Tensor = Any
 
@@ -111,7 +111,7 @@ def _householder(x: Tensor, angles: Tensor, axis: int = -1) -> Tensor:
     return ops.concatenate([a + beyond * sine, b - beyond * cosine], axis=axis)
 
 
-class _ChannelActivation(keras.layers.Layer):
+class ChannelLayer(keras.layers.Layer):
     """A layer that acts along one axis of known size and keeps the shape."""
 
     group = 2
@@ -162,7 +162,7 @@ def _reflected(new: PlainLayers, x: Tensor, normals: np.ndarray, factor: float) 
 
 
 @registered
-class GroupSort(_ChannelActivation):
+class GroupSort(ChannelLayer):
     """Sorts groups of `n` neighbouring channels; keeps norms of inputs and gradients.
 
     `GroupSort(2)` is the usual replacement of ReLU: networks of orthonormal layers and GroupSort can
@@ -216,7 +216,7 @@ class GroupSort(_ChannelActivation):
 
 
 @registered
-class MaxMin(_ChannelActivation):
+class MaxMin(ChannelLayer):
     """The larger and the smaller of the channels `i` and `i + channels / 2`, in that order.
 
     The same function as `GroupSort(2)` up to the order of channels, in the layout of the orthogonal
@@ -252,7 +252,7 @@ class MaxMin(_ChannelActivation):
 
 
 @registered
-class FullSort(_ChannelActivation):
+class FullSort(ChannelLayer):
     """Sorts all channels in ascending order: `GroupSort` with one group.
 
     Args:
@@ -282,7 +282,7 @@ class FullSort(_ChannelActivation):
 
 
 @registered
-class Householder(_ChannelActivation):
+class Householder(ChannelLayer):
     """Trainable reflections of pairs of channels; starts as `MaxMin`.
 
     Args:

@@ -129,6 +129,7 @@ def test_composition_that_cancels_keeps_its_rounding():
         (K.UnitNormalization, (4,), "a norm that may be 0"),
         (lambda: K.LSTM(2), (3, 4), "recurrent"),
         (lambda: K.Bidirectional(K.GRU(2)), (3, 4), "recurrent"),
+        (lambda: K.Bidirectional(L.LipschitzSimpleRNN(2), merge_mode="mul"), (3, 4), "merge_mode=mul"),
         (lambda: K.UpSampling2D(2, interpolation="bilinear"), (3, 3, 1), "repeat pixels"),
     ],
     ids=cases.name,
@@ -147,7 +148,7 @@ def test_multiply_and_embedding_are_refused():
         hkr.lipschitz_bound(layer)
 
 
-@pytest.mark.parametrize("cls", [L.BatchCentering, L.LayerCentering, L.Householder])
+@pytest.mark.parametrize("cls", [L.BatchCentering, L.LipschitzBatchNormalization, L.LayerCentering, L.Householder])
 def test_a_shared_layer_cannot_be_broadcast(cls):
     layer = cls()
     layer.build((None, 4))

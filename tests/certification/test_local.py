@@ -1,5 +1,6 @@
 """Constants and radii around inputs, against Jacobians, differences and every boundary near the inputs."""
 
+import dataclasses
 import itertools
 import math
 
@@ -148,3 +149,57 @@ def test_wrong_arguments_are_refused():
         hkr.local_bound(model, np.zeros((1, 5)), -1.0)
     with pytest.raises(ValueError, match="slopes"):
         local_bounds(kernels, biases, [0.0], np.zeros((1, 5)), 1.0)
+
+
+def relu_network(seed=0):
+    keras.utils.set_random_seed(seed)
+    hidden = [K.Dense(16, activation="relu"), K.Dense(12), K.LeakyReLU(negative_slope=0.1)]
+    return keras.Sequential([keras.Input((2, 3)), K.Flatten(), *hidden, K.Dense(4)])
+
+
+def test_certificates_take_the_larger_radius_around_each_input():
+    model, x = relu_network(), np.random.default_rng(0).standard_normal((70, 2, 3))  # float64, rounded before the model
+    labels = np.arange(70) % 4
+    everywhere = hkr.certify(model, x, verbose=0)
+    local = hkr.certify(model, iter([(x[:40], labels[:40]), (x[40:], labels[40:])]), verbose=0, local=True)
+    around = local_radii(model, x.astype("float32"), prediction=everywhere.prediction)
+    assert (local.method, local.bound) == ("local", everywhere.bound)
+    np.testing.assert_allclose(local.radius, np.maximum(everywhere.radius, around), atol=1e-6)
+    assert (local.radius > everywhere.radius).mean() > 0.5
+    np.testing.assert_array_equal(local.labels, labels)
+
+    flat = x.reshape(70, 6)
+    points = in_balls(flat, 1.0, 400) - flat
+    points = flat + points * np.where(np.isfinite(local.radius), local.radius, 1.0)[:, None] * 0.9999
+    found = model.predict(points.reshape(-1, 2, 3), batch_size=4096, verbose=0).argmax(axis=1).reshape(400, 70)
+    assert (found == local.prediction).all()
+
+    stored = hkr.Certificate.from_json(local.to_json())
+    assert stored.method == "local"
+    assert stored.verify(model, x, verbose=0)
+    assert not dataclasses.replace(stored, radius=1.01 * stored.radius).verify(model, x, verbose=0)
+
+
+def test_another_class_in_front_has_no_radius():
+    model, x = relu_network(), np.random.default_rng(0).standard_normal((30, 2, 3)).astype("float32")
+    right = hkr.certify(model, x, verbose=0).prediction
+    assert (local_radii(model, x, prediction=right) > 0).all()
+    assert (local_radii(model, x, prediction=(right + 1) % 4) == 0).all()
+
+
+def test_certificates_around_inputs_are_refused_where_nothing_is_known():
+    x = np.ones((1, 3), "float32")
+    with pytest.raises(ValueError, match="rigorous=True"):
+        hkr.certify(relu_network(), x.reshape(1, 1, 3), verbose=0, rigorous=True, local=True)
+    for layer, name in (
+        (K.Dense(4, "tanh"), "Dense"),
+        (hkr.layers.GroupSort(3), "GroupSort"),
+        (K.Dense(1), "two logits"),
+    ):
+        model = keras.Sequential([keras.Input((3,)), *([layer, K.Dense(2)] if name != "two logits" else [layer])])
+        with pytest.raises(ValueError, match=f"Received: .*{name}|{name}"):
+            hkr.certify(model, x, verbose=0, local=True)
+    left, right = keras.Input((3,)), keras.Input((3,))
+    model = keras.Model([left, right], K.Dense(2)(K.Add()([left, right])))
+    with pytest.raises(ValueError, match="Add"):
+        hkr.certify(model, [x, x], verbose=0, local=True)

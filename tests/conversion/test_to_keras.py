@@ -20,8 +20,21 @@ def randomize(model, seed=0):
     """Gives biases, means, angles and logits values other than those that they start from."""
     rng = np.random.default_rng(seed)
     for weight in model.weights:
-        if weight.name in ("bias", "moving_mean", "angles", "mixing_logits"):
+        if weight.name in ("bias", "beta", "moving_mean", "angles", "mixing_logits"):
             weight.assign(rng.normal(size=weight.shape))
+        if weight.name in ("gamma", "moving_variance"):
+            weight.assign(rng.uniform(1.0, 2.0, size=weight.shape))
+
+
+@pytest.mark.parametrize(("mode", "sequences"), [("concat", False), ("ave", True)])
+def test_two_directions(mode, sequences):
+    inner = L.LipschitzSimpleRNN(4, return_sequences=sequences)
+    model = keras.Sequential([keras.Input(SEQUENCE), K.Bidirectional(inner, merge_mode=mode)])
+    randomize(model)
+    plain, x = hkr.to_keras(model), normal((5, *SEQUENCE))
+    assert "hkr_keras" not in plain.to_json()
+    np.testing.assert_allclose(to_numpy(plain(x)), to_numpy(model(x)), atol=1e-6)
+    assert [each.name for each in plain.layers] == [each.name for each in model.layers]
 
 
 @pytest.mark.many

@@ -63,7 +63,10 @@ def test_batch_centering_has_no_bias_when_told_so():
     assert [weight.name for weight in layer.weights] == ["moving_mean"]
 
 
-@pytest.mark.parametrize("make", [L.BatchCentering, L.LayerCentering, lambda: L.SLLDense(4), lambda: L.Scale(2.0)])
+@pytest.mark.parametrize(
+    "make",
+    [L.BatchCentering, L.LayerCentering, L.LipschitzBatchNormalization, lambda: L.SLLDense(4), lambda: L.Scale(2.0)],
+)
 def test_masks_go_on(make):
     x = normal((2, 5, 4))
     x[0, 3:] = x[1, 4:] = 0
@@ -87,3 +90,49 @@ def test_masked_steps_do_not_count_in_means_of_a_batch():
     np.testing.assert_allclose(outputs, x - x[mask].mean(axis=0), atol=1e-5)
     with pytest.raises(ValueError, match="Received: mask"):
         layer(x, training=True, mask=mask[0])
+
+
+@pytest.mark.parametrize(("axis", "scale"), [(-1, True), (1, False)])
+def test_batch_normalization(axis, scale):
+    layer = L.LipschitzBatchNormalization(axis=axis, momentum=0.75, epsilon=1e-2, scale=scale)
+    shape = (4, 3)
+    layer.build((None, *shape))
+    axes = (0, 1) if axis == -1 else (0, 2)
+    if scale:
+        layer.gamma.assign([-1.5])
+    layer.beta.assign(normal(layer.beta.shape))
+    gamma, beta = -1.5 if scale else 1.0, np.expand_dims(to_numpy(layer.beta), 0 if axis == -1 else 1)
+    x = 3 * normal((8, *shape)) + 2
+    mean, variance = x.mean(axis=axes, keepdims=True), x.var(axis=axes).mean()
+    trained = to_numpy(layer(x, training=True))
+    moving = 0.75 + 0.25 * variance
+    factor = gamma / np.sqrt(moving + 1e-2)
+    np.testing.assert_allclose(to_numpy(layer.moving_variance), [moving], rtol=1e-5)
+    np.testing.assert_allclose(trained, (x - mean) * factor + beta, atol=1e-5)
+    np.testing.assert_allclose(to_numpy(layer(x)), (x - 0.25 * mean) * factor + beta, atol=1e-5)
+    check_layer(layer, shape, constant=abs(factor))
+    assert operator_norm(layer, shape) == pytest.approx(abs(factor), rel=1e-5)
+    assert hkr.lipschitz_bound(layer) == pytest.approx(abs(factor), rel=1e-6)
+
+
+def test_batch_normalization_trains_to_what_inference_computes():
+    """With moments that have settled, the loss of a step is that of evaluation, but for the mean of the batch."""
+    model = keras.Sequential([keras.Input((6,)), L.LipschitzDense(6), L.LipschitzBatchNormalization(momentum=0.5)])
+    x = 5 * normal((64, 6))
+    for _ in range(30):
+        trained = to_numpy(model(x, training=True))
+    np.testing.assert_allclose(to_numpy(model(x)), trained, atol=1e-5)
+    assert abs(trained.std() - 1) < 1e-3
+    scaled = keras.Sequential([*model.layers, L.Scale(1 / hkr.lipschitz_bound(model))])
+    assert hkr.lipschitz_bound(scaled) == pytest.approx(1.0, abs=1e-9)
+
+
+def test_batch_normalization_with_a_factor_for_each_channel_is_refused():
+    layer = L.LipschitzBatchNormalization()
+    layer.build((None, 3))
+    layer.gamma = np.ones(3, "float32")
+    with pytest.raises(ValueError, match="Expected the numbers"):
+        hkr.lipschitz_bound(layer)
+    for epsilon in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="Received: epsilon="):
+            L.LipschitzBatchNormalization(epsilon=epsilon)

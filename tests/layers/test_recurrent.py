@@ -119,3 +119,45 @@ def test_what_is_refused():
     layer.cell.call = lambda sequence, states, training=False: (10 * sequence, states)
     with pytest.raises(ValueError, match="with its own cell"):
         hkr.lipschitz_bound(layer)
+
+
+@pytest.mark.parametrize("sequences", [False, True])
+@pytest.mark.parametrize(
+    ("mode", "factor"), [("concat", math.sqrt(2)), ("sum", 2.0), ("ave", 1.0), (None, math.sqrt(2))]
+)
+def test_two_directions(mode, factor, sequences):
+    inner = hkr.layers.LipschitzSimpleRNN(3, activation="linear", return_sequences=sequences)
+    layer = keras.layers.Bidirectional(inner, merge_mode=mode)
+    layer.build((None, *SHAPE))
+
+    def joined(x):
+        outputs = layer(x)
+        return keras.ops.concatenate(outputs, axis=-1) if mode is None else outputs
+
+    assert hkr.lipschitz_bound(layer) == pytest.approx(factor, rel=1e-5)
+    adam_steps(layer, 1e-2)
+    norm = largest_singular_value(explicit_operator(joined, SHAPE))
+    assert 0.1 < norm <= hkr.lipschitz_bound(layer) * (1 + 1e-6)
+    assert hkr.lipschitz_bound(layer) <= factor * (1 + 1e-5)
+    if mode != "ave":
+        layer.backward_layer.cell.kernel.assign(2 * to_numpy(layer.backward_layer.cell.kernel, "float32"))
+        assert hkr.lipschitz_bound(layer) == pytest.approx(3.0 if mode == "sum" else math.sqrt(5), rel=0.02)
+        assert largest_singular_value(explicit_operator(joined, SHAPE)) <= hkr.lipschitz_bound(layer) * (1 + 1e-6)
+
+
+def test_two_directions_of_other_sizes_are_not_summed():
+    pair = [hkr.layers.LipschitzSimpleRNN(units, go_backwards=units == 1) for units in (3, 1)]
+    layer = keras.layers.Bidirectional(pair[0], backward_layer=pair[1], merge_mode="sum")
+    layer.build((None, *SHAPE))
+    with pytest.raises(ValueError, match=r"Received: .*3.*1"):
+        hkr.lipschitz_bound(layer)
+
+
+def test_two_directions_in_a_model():
+    layers = [keras.layers.Bidirectional(hkr.layers.LipschitzSimpleRNN(4)), hkr.layers.Scale(0.5**0.5)]
+    model = keras.Sequential([keras.Input(SHAPE), *layers, hkr.layers.LipschitzDense(2)])
+    model.compile("adam", "mse")
+    model.fit(normal((16, *SHAPE)), normal((16, 2)), verbose=0)
+    assert hkr.lipschitz_bound(model) <= 1 + 1e-5
+    assert len(list(hkr.geometry.model_kernels(model))) == 5
+    assert hkr.certify(model, normal((3, *SHAPE)), verbose=0).radius.shape == (3,)

@@ -41,7 +41,7 @@ def make_model(convolution=True, centering=False):
         [
             keras.Input((SIZE, SIZE, 1)),
             *([layers.OrthogonalConv2D(4, 2, padding="same", name="conv"), layers.GroupSort(2)] if convolution else []),
-            *([layers.BatchCentering()] if centering else []),
+            *([layers.BatchCentering(), layers.LipschitzBatchNormalization()] if centering else []),
             keras.layers.Flatten(),
             layers.LipschitzDense(8, name="dense"),
             layers.GroupSort(2),

@@ -52,9 +52,9 @@ def step_of_torch(model):
     return step
 
 
-def train(make_step, parallel):
+def train(make_step, parallel, centering=False):
     """Two epochs of two steps."""
-    model = common.make_model()
+    model = common.make_model(centering=centering)
     network = DistributedDataParallel(model) if parallel else model
     step, loss, losses = make_step(model), hkr.losses.HKR(alpha=5, margin=0.5), []
     for start in [0, common.BATCH] * 2:
@@ -71,6 +71,7 @@ def train(make_step, parallel):
 
 alone = {name: value_and_gradient(name, slice(None)) for name in common.CASES}
 references = {make.__name__: train(make, parallel=False) for make in (step_of_keras, step_of_torch)}
+references["centred"] = train(step_of_torch, parallel=False, centering=True)
 
 distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{PORT}", rank=PROCESS, world_size=2)
 values = {}
@@ -81,11 +82,11 @@ for name in common.CASES:
     values[name] = common.difference([value, gradient], list(alone[name]))
 
 training = {}
-for make in (step_of_keras, step_of_torch):
-    model, losses = train(make, parallel=True)
-    reference, reference_losses = references[make.__name__]
+for name, make in {"step_of_keras": step_of_keras, "step_of_torch": step_of_torch, "centred": step_of_torch}.items():
+    model, losses = train(make, parallel=True, centering=name == "centred")
+    reference, reference_losses = references[name]
     copies = gathered(common.weights(model))
-    training[make.__name__] = {
+    training[name] = {
         "losses": common.difference(np.mean(gathered(losses), axis=0).tolist(), reference_losses),
         "weights": common.difference(copies[0], common.weights(reference)),
         "apart": common.difference(*copies),

@@ -103,15 +103,17 @@ reference = hkr.certify(alone, common.X[:5], batch_size=3, verbose=0)
 certificates = [common.difference(each.radius, reference.radius) for each in (inside, outside)]
 _, _, muon = train(lambda: hkr.optimizers.StiefelMuon(0.02))
 
-with strategy.scope():
-    centred = common.compiled(common.make_model(centering=True), keras.optimizers.SGD(0.1))
-common.fit(centred, epochs=1)
+centred = []  # moments are those of the whole batch: gradients, moving averages and losses as on one device
+for scope in (strategy.scope(), contextlib.nullcontext()):
+    with scope:
+        centred.append(common.compiled(common.make_model(centering=True), keras.optimizers.SGD(0.1)))
+    common.fit(centred[-1])
 common.report(
     values=values,
     adam=adam,
     muon=muon,
     certificates=certificates,
-    centred=replicas_apart(centred),
+    centred=[replicas_apart(centred[0]), common.difference(*map(common.weights, centred))],
     uneven=uneven_last_batch(),
     half_precision=half_precision(),
 )

@@ -75,10 +75,10 @@ def _normalization(layer: Any, shape: Shape) -> Diagonal:
 def _batch_normalization(layer: Any, shape: Shape) -> Diagonal:
     check_built(layer)
     shape = build_shape(layer) if shape is None else shape
-    arrays = [layer.moving_mean, layer.moving_variance]
-    arrays += [layer.gamma] if layer.scale else []
-    arrays += [layer.beta] if layer.center else []
-    check_numbers(layer, arrays, tuple(layer.moving_mean.shape) if shape is None else (shape[layer.axis],))
+    size = tuple(layer.moving_mean.shape) if shape is None else (shape[layer.axis],)
+    one = isinstance(layer, layers.LipschitzBatchNormalization)  # one factor for all channels
+    check_numbers(layer, [layer.moving_mean, *([layer.beta] if layer.center else [])], size)
+    check_numbers(layer, [layer.moving_variance, *([layer.gamma] if layer.scale else [])], (1,) if one else size)
     check_scalars(layer, "epsilon")
     variance = as_float64(layer.moving_variance)
     if (variance + layer.epsilon <= 0).any():
@@ -88,7 +88,7 @@ def _batch_normalization(layer: Any, shape: Shape) -> Diagonal:
         )
     gain = as_float64(layer.gamma) if layer.scale else np.ones_like(variance)
     factor = gain / np.sqrt(variance + layer.epsilon)
-    if shape is None:
+    if shape is None or one:
         return Diagonal(np.asarray(np.abs(factor).max()), 8 * MACHINE_EPSILON)
     axis = layer.axis % len(shape)
     numbers = factor.reshape(tuple(-1 if i == axis else 1 for i in range(1, len(shape))))
@@ -155,6 +155,11 @@ def _layer_centering_rounding(layer: Any, shape: Shape) -> RoundingRule:
 
 rule(_k.Rescaling, tail=_rescaling, rounding=_rescaling_rounding)
 rule(_k.Normalization, tail=_normalization, rounding=_normalization_rounding)
-rule(_k.BatchNormalization, tail=_batch_normalization, rounding=_batch_normalization_rounding)
+rule(
+    _k.BatchNormalization,
+    layers.LipschitzBatchNormalization,
+    tail=_batch_normalization,
+    rounding=_batch_normalization_rounding,
+)
 rule(layers.BatchCentering, bound=_centering, rounding=_batch_centering_rounding)
 rule(layers.LayerCentering, bound=_centering, rounding=_layer_centering_rounding)

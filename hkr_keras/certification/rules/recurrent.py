@@ -1,11 +1,15 @@
 """Rows of recurrent layers."""
 
+import math
 from typing import Any
+
+import keras
 
 from hkr_keras import layers
 from hkr_keras.certification.checks import build_shape, check_built, check_no_hooks, check_numbers, overridden
+from hkr_keras.certification.floating_point import MACHINE_EPSILON
 from hkr_keras.certification.rules.activations import activation_bound
-from hkr_keras.certification.rules.registry import Shape, rule
+from hkr_keras.certification.rules.registry import Shape, bound_of, rule
 from hkr_keras.certification.singular_values import kernel_bound
 from hkr_keras.layers.recurrent import LipschitzSimpleRNNCell, recurrence_bound
 
@@ -34,4 +38,26 @@ def _recurrence(layer: Any, shape: Shape) -> float:
     return recurrence_bound(shape[1], inputs, states, layer.return_sequences)
 
 
+#: The constant of what is made of two outputs, from theirs; turning one of them around in time changes nothing.
+_MERGED = {"concat": math.hypot, None: math.hypot, "sum": lambda a, b: a + b, "ave": lambda a, b: (a + b) / 2}
+
+
+def _bidirectional(layer: Any, shape: Shape) -> float:
+    both, mode = (layer.forward_layer, layer.backward_layer), layer.merge_mode
+    if mode not in _MERGED:
+        raise ValueError(
+            "Expected two directions that are joined by 'concat', 'sum', 'ave' or None: the constant of a product "
+            f"depends on its factors. Received: {layer.name}.merge_mode={mode}"
+        )
+    known = build_shape(both[0]) if shape is None else tuple(shape)
+    made = [None if known is None else tuple(each.compute_output_shape(known)) for each in both]
+    if made[0] != made[1] and mode in ("sum", "ave"):
+        raise ValueError(
+            "Expected two directions of equal shape, since broadcasting enlarges norms. "
+            f"Received: {layer.name} of shapes {made}"
+        )
+    return _MERGED[mode](*(bound_of(each, shape) for each in both)) * (1 + 4 * MACHINE_EPSILON)
+
+
 rule(layers.LipschitzSimpleRNN, bound=_recurrence)
+rule(keras.layers.Bidirectional, bound=_bidirectional)

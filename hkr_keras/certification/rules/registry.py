@@ -183,7 +183,7 @@ WITHOUT_BOUND: dict[type, str] = {
     keras.layers.Masking: "it jumps, and the layers behind it would ignore what is masked",
     **dict.fromkeys(
         (
-            *(keras.layers.RNN, keras.layers.Bidirectional, keras.layers.MultiHeadAttention),
+            *(keras.layers.RNN, keras.layers.MultiHeadAttention),
             *(keras.layers.Attention, keras.layers.AdditiveAttention, keras.layers.GroupQueryAttention),
         ),
         "the constant of a recurrent or attention layer depends on its input",

@@ -102,6 +102,7 @@ rule(
 rule(
     *(*RESHAPING, _k.Permute, _k.ZeroPadding1D, _k.ZeroPadding2D, _k.ZeroPadding3D),
     *(_k.Cropping1D, _k.Cropping2D, _k.Cropping3D, layers.InvertibleDownsampling2D, layers.InvertibleUpsampling2D),
+    *(layers.ChannelShuffle, layers.SpatialShift1D, layers.SpatialShift2D),
     bound=1.0,
     rounding=_exact,
 )
