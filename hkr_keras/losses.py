@@ -166,13 +166,13 @@ class _Number:
 
 
 class _WeightedLoss(keras.Loss):
-    """A loss whose values need the sample weights: they travel to `values` beside the labels."""
+    """A loss whose values need the sample weights: they travel to `_values` beside the labels."""
 
     alpha = _Number()
     margin = _Number()
     temperature = _Number()
 
-    values: Callable[..., Tensor]  # `(y_true, y_pred, sample_weight, **numbers)`, whose weighted mean is the loss
+    _values: Callable[..., Tensor]  # `(y_true, y_pred, sample_weight, **numbers)`, whose weighted mean is the loss
 
     def __init__(
         self,
@@ -199,7 +199,7 @@ class _WeightedLoss(keras.Loss):
     def call(self, y_true: Any, y_pred: Tensor) -> Tensor:
         labels, sample_weight = y_true if isinstance(y_true, tuple) else (y_true, None)
         numbers = {key: ops.cast(parameter.read(), y_pred.dtype) for key, parameter in self._parameters.items()}
-        return self.values(labels, y_pred, sample_weight, **numbers)
+        return self._values(labels, y_pred, sample_weight, **numbers)
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), **self._numbers()}
@@ -243,7 +243,7 @@ class KR(_WeightedLoss):
     def __init__(self, *, name: str = "kr", **kwargs: Any) -> None:
         super().__init__({}, name, **kwargs)
 
-    values = staticmethod(_kr)
+    _values = staticmethod(_kr)
 
 
 @registered
@@ -269,7 +269,7 @@ class HingeMargin(_WeightedLoss):
     def __init__(self, margin: float = 1.0, *, name: str = "hinge_margin", **kwargs: Any) -> None:
         super().__init__({"margin": margin}, name, **kwargs)
 
-    values = staticmethod(_hinge)
+    _values = staticmethod(_hinge)
 
 
 @registered
@@ -303,7 +303,7 @@ class HKR(_WeightedLoss):
         super().__init__({"alpha": alpha, "margin": margin}, name, **kwargs)
 
     @staticmethod
-    def values(y_true: Tensor, y_pred: Tensor, sample_weight: Any, alpha: Number, margin: Number) -> Tensor:
+    def _values(y_true: Tensor, y_pred: Tensor, sample_weight: Any, alpha: Number, margin: Number) -> Tensor:
         return _combine(alpha, _hinge(y_true, y_pred, margin=margin), _kr(y_true, y_pred, sample_weight))
 
 
@@ -326,7 +326,7 @@ class MulticlassKR(_WeightedLoss):
     def __init__(self, *, name: str = "multiclass_kr", **kwargs: Any) -> None:
         super().__init__({}, name, **kwargs)
 
-    values = staticmethod(_multiclass_kr)
+    _values = staticmethod(_multiclass_kr)
 
 
 @registered
@@ -349,7 +349,7 @@ class MulticlassHinge(_WeightedLoss):
     def __init__(self, margin: float = 1.0, *, name: str = "multiclass_hinge", **kwargs: Any) -> None:
         super().__init__({"margin": margin}, name, **kwargs)
 
-    values = staticmethod(_multiclass_hinge)
+    _values = staticmethod(_multiclass_hinge)
 
 
 @registered
@@ -379,7 +379,7 @@ class MulticlassHKR(_WeightedLoss):
         super().__init__({"alpha": alpha, "margin": margin}, name, **kwargs)
 
     @staticmethod
-    def values(y_true: Tensor, y_pred: Tensor, sample_weight: Any, alpha: Number, margin: Number) -> Tensor:
+    def _values(y_true: Tensor, y_pred: Tensor, sample_weight: Any, alpha: Number, margin: Number) -> Tensor:
         hinges = _multiclass_hinge(y_true, y_pred, margin=margin)
         return _combine(alpha, hinges, _multiclass_kr(y_true, y_pred, sample_weight))
 
@@ -412,7 +412,7 @@ class MultiMargin(_WeightedLoss):
     def __init__(self, margin: float = 1.0, *, name: str = "multi_margin", **kwargs: Any) -> None:
         super().__init__({"margin": margin}, name, **kwargs)
 
-    values = staticmethod(_multi_margin)
+    _values = staticmethod(_multi_margin)
 
 
 @registered
@@ -447,7 +447,7 @@ class SoftHKR(_WeightedLoss):
     ) -> None:
         super().__init__({"alpha": alpha, "margin": margin, "temperature": temperature}, name, **kwargs)
 
-    values = staticmethod(_soft_hkr)
+    _values = staticmethod(_soft_hkr)
 
 
 @registered
@@ -481,7 +481,7 @@ class LogSumExpHKR(_WeightedLoss):
     ) -> None:
         super().__init__({"alpha": alpha, "margin": margin, "temperature": temperature}, name, **kwargs)
 
-    values = staticmethod(_log_sum_exp_hkr)
+    _values = staticmethod(_log_sum_exp_hkr)
 
 
 @registered
@@ -509,5 +509,5 @@ class MarginCrossentropy(_WeightedLoss):
         super().__init__({"temperature": temperature, "margin": margin}, name, **kwargs)
 
     @staticmethod
-    def values(y_true: Tensor, y_pred: Tensor, sample_weight: Any, temperature: Number, margin: Number) -> Tensor:
+    def _values(y_true: Tensor, y_pred: Tensor, sample_weight: Any, temperature: Number, margin: Number) -> Tensor:
         return margin_crossentropy(y_true, y_pred, temperature, margin)

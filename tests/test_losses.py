@@ -207,7 +207,7 @@ def test_there_is_one_value_per_sample(cls):
     y, f = sample(cls)
     labels = [y, 2 * y - 1, y == 1] if cls in BINARY else [y, np.eye(CLASSES)[y], np.eye(CLASSES)[y] == 1]
     for label in labels:
-        values = cls.values(ops.convert_to_tensor(label), ops.convert_to_tensor(f), None, **LOSSES[cls][0])
+        values = cls._values(ops.convert_to_tensor(label), ops.convert_to_tensor(f), None, **LOSSES[cls][0])
         assert tuple(values.shape) == (N,)
         assert float(ops.mean(values)) == close(LOSSES[cls][1](y, f, np.ones(N)))
 
