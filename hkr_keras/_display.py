@@ -47,7 +47,7 @@ def html_table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]],
     1
     """
     style = "text-align:right;padding:2px 8px"
-    head = "".join(f'<th style="{style}">{html.escape(name)}</th>' for name in header)
+    head = "".join(f'<th style="{style}">{html.escape(str(name))}</th>' for name in header)
     body = "".join(
         "<tr>" + "".join(f'<td style="{style}">{html.escape(_cell(value))}</td>' for value in row) + "</tr>"
         for row in rows

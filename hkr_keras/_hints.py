@@ -1,6 +1,8 @@
 """What names and arguments of deel-lip are called here, for errors that say so."""
 
+import dis
 import functools
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -35,10 +37,17 @@ def renamed(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
 
     def __getattr__(name: str) -> Any:
         if name in names:
-            raise AttributeError(f"module '{module}' has no '{name}': {names[name]} here, {_DOCUMENT}")
+            hint = f"module '{module}' has no '{name}': {names[name]} here, {_DOCUMENT}"
+            raise (ImportError if _is_imported(inspect.currentframe()) else AttributeError)(hint)
         raise AttributeError(f"module '{module}' has no attribute '{name}'")
 
     return __getattr__
+
+
+def _is_imported(frame: Any) -> bool:
+    """Whether the caller of a frame runs `from module import name`, which would drop the text of an AttributeError."""
+    caller = None if frame is None else frame.f_back
+    return caller is not None and caller.f_code.co_code[caller.f_lasti] == dis.opmap["IMPORT_FROM"]
 
 
 def check_arguments(cls: type, names: Iterable[str]) -> None:
@@ -76,4 +85,6 @@ def refuse_old_arguments(cls: type) -> None:
         check_arguments(type(self), kwargs)
         original(self, *args, **kwargs)
 
+    # Keras reads the arguments of a constructor in two ways, of which one does not look behind a wrapper.
+    __init__.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
     setattr(cls, "__init__", __init__)  # noqa: B010

@@ -343,7 +343,8 @@ def evaluate_robustness(
 
     Args:
         model: built model with one input and raw scores `(n,)`, `(n, 1)` or logits `(n, classes)`.
-        x: inputs `(n, ...)`, or what yields batches of them with their labels, as for `certify`.
+        x: inputs `(n, ...)`, or what yields batches of them with their labels, as for `certify`; one batch of them is
+            held at a time.
         y: labels `(n,)`, `(n, 1)` or one-hot; `None` for those that come with the inputs.
         epsilons: L2 distances in input units, above 0, at which to report accuracies; the sizes that `PGD`,
             `AutoPGD` and `Square` try. The others look for the smallest change.
@@ -351,7 +352,7 @@ def evaluate_robustness(
             (not on JAX) and `Square` (asks for predictions alone; images of at least 5 x 5 pixels) are ART's.
         certificate: of the model at x; `None` to make one.
         bounds: the smallest and the largest value that an input may take, as of the pixels of an image. `None` for
-            no limits; attacks then stay within three times the range of the data, beyond which nothing is close.
+            no limits; attacks then stay within three times the range of a batch, beyond which nothing is close.
         steps: of each attack; ten times as many for `Square`.
         batch_size: inputs attacked at a time.
         verbose: whether to show a progress bar.
@@ -379,55 +380,47 @@ def evaluate_robustness(
     chosen = {_name(attack): _attack(attack) for attack in attacks}
     if not epsilons or not chosen:
         raise ValueError(f"Expected epsilons and attacks. Received: epsilons={epsilons}, attacks={list(attacks)}")
-    logits, (x, y) = as_function(as_logits(model)), _gathered(model, x, y, batch_size)
-    certificate = certificate or certify(model, x, batch_size, verbose=0)
-    if len(certificate.radius) != len(x):
-        raise ValueError(f"Expected a certificate of {len(x)} inputs. Received: one of {len(certificate.radius)}")
-    is_correct, bounds = certificate.is_correct(y), _bounds(x, bounds)
-
-    distance, adversarial = np.full(len(x), np.inf), np.full(x.shape, np.nan, dtype=np.float32)
-    starts = range(0, len(x), batch_size)
-    with _imported("tqdm").tqdm(total=len(starts) * len(chosen), disable=not verbose, desc="attacks") as bar:
-        for start in starts:
-            rows = slice(start, start + batch_size)
-            inputs, prediction = x[rows].astype(np.float32), certificate.prediction[rows]
-            classes = max(2, certificate.classes)
+    logits, (stream, count) = as_function(as_logits(model)), batches(model, x, batch_size)
+    parts, start = [], 0
+    total = None if count is None else count * len(chosen)
+    with _imported("tqdm").tqdm(total=total, disable=not verbose, desc="attacks") as bar:
+        for (inputs, *_), own in stream:
+            rows = slice(start, start + len(inputs))
+            part = certify(model, inputs, batch_size, verbose=0) if certificate is None else certificate[rows]
+            if len(part) != len(inputs):
+                raise ValueError(f"Expected a certificate of {rows.stop} inputs. Received: one of {start + len(part)}")
+            is_correct = part.is_correct(own if y is None else np.asarray(y)[rows])
+            classes, limits = max(2, part.classes), _bounds(inputs, bounds)
+            x32 = inputs.astype(np.float32)
             batch = _Batch(
                 function=logits,
-                scaled=_scaled(logits, inputs),
-                x=inputs,
-                prediction=prediction,
+                scaled=_scaled(logits, x32),
+                x=x32,
+                prediction=part.prediction,
                 classes=classes,
                 epsilons=epsilons,
-                bounds=bounds,
+                bounds=limits,
                 steps=steps,
             )
+            distance, adversarial = np.full(len(inputs), np.inf), np.full(x32.shape, np.nan, dtype=np.float32)
             for name, attack in chosen.items():
-                for found in (inputs, *attack(batch)):
+                for found in (x32, *attack(batch)):
                     points = _nearest(batch, found)
-                    lengths = np.linalg.norm((points - x[rows].astype(np.float64)).reshape(len(points), -1), axis=1)
+                    lengths = np.linalg.norm((points - inputs.astype(np.float64)).reshape(len(points), -1), axis=1)
                     lengths = np.where(_is_changed(batch, points), lengths, np.inf)
-                    _check(name, start, certificate, x, points, lengths)
-                    better = lengths < distance[rows]
-                    distance[rows][better], adversarial[rows][better] = lengths[better], points[better]
+                    _check(name, start, part, inputs, points, lengths)
+                    better = lengths < distance
+                    distance[better], adversarial[better] = lengths[better], points[better]
                 bar.update()
+            parts.append((is_correct, part.radius, distance, adversarial))
+            start = rows.stop
+    for name, values in (("labels", y), ("radii", None if certificate is None else certificate.radius)):
+        if values is not None and len(values) != start:
+            raise ValueError(f"Expected {start} {name}, one per input. Received: {len(values)}")
+    is_correct, radius, distance, adversarial = (np.concatenate(each) for each in zip(*parts, strict=True))
     return Robustness.of(
-        epsilons=np.array(epsilons),
-        is_correct=is_correct,
-        radius=certificate.radius,
-        distance=distance,
-        adversarial=adversarial,
+        epsilons=np.array(epsilons), is_correct=is_correct, radius=radius, distance=distance, adversarial=adversarial
     )
-
-
-def _gathered(model: keras.Model, x: Any, y: Any, batch_size: int) -> tuple[np.ndarray, Any]:
-    """All inputs as one array, and the labels."""
-    parts = list(batches(model, x, batch_size)[0])
-    if y is None and parts and parts[0][1] is not None:
-        y = np.concatenate([labels for _, labels in parts])
-    if y is None:
-        raise ValueError("Expected labels, since none came with the inputs. Received: y=None")
-    return np.concatenate([arrays[0] for arrays, _ in parts]), y
 
 
 def _name(attack: Any) -> str:
@@ -474,9 +467,9 @@ def _nearest(batch: _Batch, points: Any) -> np.ndarray:
     return first_change(lambda moved: _is_changed(batch, moved), batch.x, points)
 
 
-def _check(name: str, start: int, certificate: Certificate, x: Any, points: Any, lengths: Any) -> None:
-    rows = slice(start, start + len(points))
-    radius, rounding = certificate.radius[rows], 0.0 if certificate.rigorous else ROUNDING
-    sizes = np.linalg.norm(x[rows].astype(np.float64).reshape(len(points), -1), axis=1)
+def _check(name: str, start: int, part: Certificate, x: Any, points: Any, lengths: Any) -> None:
+    """Compares what an attack found of a batch, whose first input is number `start`, with its certificate."""
+    radius, rounding = part.radius, 0.0 if part.rigorous else ROUNDING
+    sizes = np.linalg.norm(x.astype(np.float64).reshape(len(points), -1), axis=1)
     for i in np.flatnonzero(lengths < radius * (1 - rounding) - rounding * sizes):
-        raise BrokenCertificate(name, start + int(i), x[start + i], points[i], float(lengths[i]), float(radius[i]))
+        raise BrokenCertificate(name, start + int(i), x[i], points[i], float(lengths[i]), float(radius[i]))

@@ -9,14 +9,18 @@ import os
 import pathlib
 import zipfile
 import zlib
+from typing import Any
 
 import keras
 import numpy as np
+
+from hkr_keras import _display
 
 __all__ = ["Dataset", "load"]
 
 NAMES = ("digits", "moons", "mnist", "fashion_mnist", "cifar10")
 _BROKEN = (AttributeError, EOFError, KeyError, OSError, TypeError, ValueError, zipfile.BadZipFile, zlib.error)
+_MOST_CLASSES = 20  # of which a table tells the number of inputs
 _ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 
 
@@ -49,6 +53,21 @@ class Dataset:
             f"Dataset({self.name!r}: {len(self.x_train)} training and {len(self.x_test)} test inputs of shape "
             f"{self.x_train.shape[1:]}, {self.classes} classes)"
         )
+
+    def _repr_html_(self) -> str:
+        labels = {"training": self.y_train, "test": self.y_test}
+        rows = [(name, len(y), *np.bincount(y, minlength=self.classes)[:_MOST_CLASSES]) for name, y in labels.items()]
+        return _display.html_table(repr(self), ("", "inputs", *range(min(self.classes, _MOST_CLASSES))), rows)
+
+    def __getitem__(self, rows: Any) -> "Dataset":
+        """The same of some of the training and of the test data: a slice.
+
+        >>> load("moons")[:20]
+        Dataset('moons': 20 training and 20 test inputs of shape (2,), 2 classes)
+        """
+        if not isinstance(rows, slice):
+            raise TypeError(f"Expected a slice, of training and test data alike. Received: {rows!r}")
+        return dataclasses.replace(self, **{name: getattr(self, name)[rows] for name in _ARRAYS})
 
 
 def load(name: str | os.PathLike, seed: int = 0) -> Dataset:

@@ -204,7 +204,8 @@ def plot_certified_confusion(
 
     A row for each class, in percent of its inputs. On the diagonal: right, and no change of L2 norm epsilon alters it.
     Beside it: wrong, and proven to stay so. The last column, `may turn`: those whose radius is at most epsilon, so that
-    a change within epsilon may give them another class.
+    a change within epsilon may give them another class. Into whom stands in orange behind an arrow: the class that is
+    nearest, `Certificate.rival`.
 
     Args:
         certificate: what `certify` returned.
@@ -236,14 +237,25 @@ def plot_certified_confusion(
     column = np.where(certificate.radius > epsilon, certificate.prediction, count)
     shares = np.zeros((count, count + 1))
     np.add.at(shares, (labels, column), 1.0)
-    shares /= np.maximum(1.0, shares.sum(axis=1, keepdims=True))
+    sizes = np.maximum(1.0, shares.sum(axis=1, keepdims=True))
+    shares, turns = shares / sizes, np.zeros((count, count))
+    if certificate.rival is not None:
+        may_turn = column == count
+        np.add.at(turns, (labels[may_turn], certificate.rival[may_turn]), 1.0)
+        turns /= sizes
 
     ax = _axes(ax, figsize=(max(5.0, 1.6 + 0.46 * count), 1.5 + 0.4 * count))
     ax.imshow(shares, cmap="Blues", vmin=0.0, vmax=1.0, aspect="auto")
     for (i, j), share in np.ndenumerate(shares):
+        turn = float(turns[i, j]) if j < count else 0.0
         if share > 0:
-            text = f"{100 * share:.0f}" if share >= 0.005 else "<1"
-            ax.text(j, i, text, ha="center", va="center", fontsize=8, color="white" if share > 0.5 else "#222222")
+            place = "bottom" if turn > 0 else "center"
+            color = "white" if share > 0.5 else "#222222"
+            ax.text(j, i, _percent(share), ha="center", va=place, fontsize=8, color=color)
+        if turn > 0:
+            place = "top" if share > 0 else "center"
+            color = "#ffb066" if share > 0.5 else "#b34700"
+            ax.text(j, i, f"→{_percent(turn)}", ha="center", va=place, fontsize=7, color=color)
     ax.axvline(count - 0.5, color="#222222", linewidth=2)
     ax.set(xticks=range(count + 1), yticks=range(count), yticklabels=names)
     ax.set_xticklabels([*names, "may\nturn"], rotation=0 if max(map(len, names)) <= 4 else 45)
@@ -251,10 +263,15 @@ def plot_certified_confusion(
         label.set_horizontalalignment("center" if label.get_rotation() == 0 else "right")
         label.set_rotation_mode("anchor")
     ax.get_xticklabels()[count].set_rotation(0)
-    ax.set(xlabel=f"predicted class, proven within {epsilon:g} (percent of a row)", ylabel="class")
+    turned = "" if certificate.rival is None else ", →: that may turn"
+    ax.set(xlabel=f"predicted class, proven within {epsilon:g}{turned} (percent of a row)", ylabel="class")
     ax.spines[:].set_visible(False)
     ax.tick_params(length=0)
     return ax
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f}" if share >= 0.005 else "<1"
 
 
 def plot_robustness(robustness: Any, ax: Any = None, largest: float | None = None) -> Any:

@@ -106,6 +106,8 @@ ROUNDED = [
     (lambda: K.Conv1D(4, 3, padding="causal", dilation_rate=2), (20, 3)),
     (lambda: K.Conv2D(4, 3, strides=2, padding="same"), (9, 9, 5)),
     (lambda: K.Conv2D(4, 3, groups=2), (7, 7, 4)),
+    (lambda: L.LipschitzConv2D(4, 3, strides=2, padding="circular"), (6, 8, 5)),
+    (lambda: L.LipschitzConv1D(4, 5, padding="circular", activation="relu"), (3, 40)),  # longer than the circle
     (lambda: K.Conv3D(2, 2), (4, 4, 4, 2)),
     (lambda: K.Conv1DTranspose(3, 4, strides=2), (9, 5)),
     (lambda: K.Conv2DTranspose(3, 3, strides=2, padding="same"), (4, 4, 5)),

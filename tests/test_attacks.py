@@ -1,6 +1,7 @@
 """Attacks beside certificates: distances that are known, witnesses of wrong certificates, every library and backend."""
 
 import dataclasses
+import weakref
 
 import keras
 import numpy as np
@@ -173,6 +174,29 @@ def test_errors(options, message):
     arguments = {"y": [0, 1, 2, 0], "epsilons": [0.1], "attacks": ["DeepFool"], "bounds": None, "verbose": False}
     with pytest.raises(ValueError, match=message):
         evaluate_robustness(model, x, **{**arguments, **options})
+
+
+def test_a_stream_is_attacked_batch_by_batch():
+    model, x = linear(), normal((7, 4), scale=0.3)
+    y = np.arange(7) % 2
+    alive = []
+
+    def stream():
+        for start in range(0, 7, 3):
+            assert sum(reference() is not None for reference in alive) <= 1  # the batch before
+            inputs = x[start : start + 3].copy()
+            alive.append(weakref.ref(inputs))
+            yield inputs, y[start : start + 3]
+
+    options = {"epsilons": [0.2], "attacks": ["DeepFool"], "bounds": None, "verbose": False}
+    found, expected = evaluate_robustness(model, stream(), None, **options), evaluate_robustness(model, x, y, **options)
+    np.testing.assert_allclose(found.distance, expected.distance, rtol=1e-3)
+    assert (found.is_correct == expected.is_correct).all()
+    assert found.certified.tolist() == expected.certified.tolist()
+    with pytest.raises(ValueError, match="Expected labels"):
+        evaluate_robustness(model, (x for _ in range(2)), None, **options)
+    with pytest.raises(ValueError, match=r"Expected 7 labels, one per input\. Received: 9"):
+        evaluate_robustness(model, x, [0] * 9, **options)
 
 
 def test_certificates_of_other_lengths_are_refused():

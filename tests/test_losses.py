@@ -583,6 +583,7 @@ def test_old_names_say_the_new_ones():
         (hkr.losses, "CategoricalHinge", "multiclass_margin"),
         (hkr.metrics, "CategoricalProvableRobustAccuracy", "CertifiedAccuracy"),
         (hkr.callbacks, "CondenseCallback", "nothing"),
+        (hkr.layers, "GroupSort2", "GroupSort"),
     ):
         with pytest.raises(AttributeError, match=rf"'{old}': .*{new}.* here, see docs/migration\.md"):
             getattr(module, old)
@@ -590,3 +591,8 @@ def test_old_names_say_the_new_ones():
         hkr.losses.nonsense
     with pytest.raises(TypeError, match=r"HKR has no argument 'min_margin': margin, .*see docs/migration\.md"):
         HKR(alpha=10, min_margin=1.0)
+    for layer in (hkr.layers.LipschitzDense, hkr.layers.OrthogonalConv2D, hkr.layers.GroupSort, hkr.layers.Scale):
+        with pytest.raises(TypeError, match=rf"{layer.__name__} has no argument 'k_coef_lip': a layer Scale\(k\)"):
+            layer(4, k_coef_lip=2.0)
+    with pytest.raises(ImportError, match=r"'SpectralDense': LipschitzDense here, see docs/migration\.md"):
+        from hkr_keras.layers import SpectralDense  # noqa: F401

@@ -101,7 +101,12 @@ def test_the_confusion_holds_what_is_proven(certificate):
     shares = np.asarray(ax.images[0].get_array())
     np.testing.assert_allclose(shares, [[0.5, 0, 0, 0.5], [0, 1, 0, 0], [0, 0, 1, 0]])
     assert (np.diag(shares[:, :3]) * [2, 2, 1]).sum() / 5 == certificate.accuracy(Y, 1.0)
-    assert {text.get_text() for text in ax.texts} == {"50", "100"}
+    assert {text.get_text() for text in ax.texts} == {"50", "100", "→50"}
+    (turn,) = (text for text in ax.texts if text.get_text() == "→50")
+    (index,) = np.flatnonzero((certificate.radius <= 1.0) & (np.array(Y) == 0))
+    assert turn.get_position() == (certificate.rival[index], 0)
+    without = plotting.plot_certified_confusion(dataclasses.replace(certificate, rival=None), Y, epsilon=1.0)
+    assert {text.get_text() for text in without.texts} == {"50", "100"}
     stuck = plotting.plot_certified_confusion(certificate, Y, epsilon=0.5).images[0].get_array()
     np.testing.assert_allclose(stuck[0], [0.5, 0.5, 0, 0])  # a wrong prediction that no small change puts right
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import keras
 
-__all__ = ["compiled", "predictor"]
+__all__ = ["at_inference", "compiled", "in_one_go", "is_traced", "predictor"]
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -38,6 +38,34 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
         return jax.jit(function)
     return function
+
+
+def in_one_go(function: Callable[..., Any], *arguments: Any) -> Any:
+    """`function(*arguments)`, on JAX as one program, where each operation by itself costs a third of a millisecond.
+
+    Args:
+        function: pure, of a module: it is compiled once for all shapes and settings that it is given.
+        *arguments: tensors, `None`, and settings, which are hashable.
+
+    Example:
+
+    >>> float(in_one_go(keras.ops.add, keras.ops.array(1.0), 2))
+    3.0
+    """
+    if keras.backend.backend() != "jax":
+        return function(*arguments)
+    import jax
+
+    return _program(function, tuple(i for i, each in enumerate(arguments) if not isinstance(each, jax.Array)))(
+        *arguments
+    )
+
+
+@functools.cache
+def _program(function: Callable[..., Any], settings: tuple[int, ...]) -> Callable[..., Any]:
+    import jax
+
+    return jax.jit(function, static_argnums=settings)
 
 
 def at_inference(model: keras.Model) -> dict[str, bool]:

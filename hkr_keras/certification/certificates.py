@@ -28,6 +28,7 @@ __all__ = [
 
 _NORMS = (1, 2, math.inf)
 _METHODS = ("score", "pairwise", "logits", "local")
+_MOST_ROWS = 30
 
 _STATEMENT = (
     "For every input: no change of L2 norm below its radius (in the units of the model's input) alters the "
@@ -50,6 +51,15 @@ _DEPLOYED = (
 
 def _arithmetic(rigorous: bool) -> str:
     return "float32 as deployed" if rigorous else "exact arithmetic"
+
+
+def _curve(radius: np.ndarray, name: str) -> str:
+    """A picture of the share of radii above each distance."""
+    if not len(radius):
+        return ""
+    finite = radius[np.isfinite(radius)]
+    distances = np.linspace(0.0, float(np.quantile(finite, 0.99)) if len(finite) else 1.0, 60)
+    return _display.curve(distances, np.array([(radius > distance).mean() for distance in distances]), name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +109,8 @@ class Certificate(_display.Results):
         dimension: numbers in one input, for radii in other norms than L2; `None` when unknown.
         model_hash: `hash_of_model` of the model; `None` when unknown.
         versions: of this package, Keras, NumPy and the backend, and the precision of the model.
+        rival: `(n,)` integers, the class that the radius is about: the one into which an input can be turned first, as
+            far as is proven. A hint for readers, no part of the statement; `None` when unknown.
         labels: classes that came with the inputs, `(n,)` integers; `None` without. Where a method wants labels, these
             are taken when it is given none.
 
@@ -112,7 +124,7 @@ class Certificate(_display.Results):
     0.5
     """
 
-    _rows: ClassVar[tuple[str, ...]] = ("radius", "prediction", "labels")
+    _rows: ClassVar[tuple[str, ...]] = ("radius", "prediction", "rival", "labels")
 
     radius: np.ndarray
     prediction: np.ndarray
@@ -123,6 +135,7 @@ class Certificate(_display.Results):
     dimension: int | None = None
     model_hash: str | None = None
     versions: dict[str, str] = dataclasses.field(default_factory=versions)
+    rival: np.ndarray | None = None
     labels: np.ndarray | None = None
 
     def __repr__(self) -> str:
@@ -131,15 +144,16 @@ class Certificate(_display.Results):
         return f"Certificate({len(self)} inputs, {kind}, bound {self.bound:.4f}, {median}{_arithmetic(self.rigorous)})"
 
     def _repr_html_(self) -> str:
-        finite = self.radius[np.isfinite(self.radius)]
-        distances = np.linspace(0.0, float(np.quantile(finite, 0.99)) if len(finite) else 1.0, 60)
-        counted = np.ones(len(self), dtype=bool) if self.labels is None else self.is_correct()
-        shares = np.array([(counted & (self.radius > distance)).mean() for distance in distances])
-        name = "unchangeable predictions" if self.labels is None else "certified accuracy"
-        return _display.html_table(repr(self), (), (), _display.curve(distances, shares, name) if len(self) else "")
+        if self.labels is None:
+            return _display.html_table(repr(self), (), (), _curve(self.radius, "unchangeable predictions"))
+        return _display.html_table(
+            repr(self), (), (), _curve(np.where(self.is_correct(), self.radius, 0.0), "certified accuracy")
+        )
 
     def _columns(self, y: Any = None) -> dict[str, np.ndarray]:
         columns = {"prediction": self.prediction, "radius": self.radius}
+        if self.rival is not None:
+            columns["rival"] = self.rival
         if y is None and self.labels is None:
             return columns
         return {"label": self._labels(y), **columns, "correct": self.is_correct(y)}
@@ -263,7 +277,8 @@ class Certificate(_display.Results):
             "prediction": self.prediction.tolist(),
             "radius": self.radius.tolist(),
         }
-        return values if self.labels is None else {**values, "labels": self._labels(None).tolist()}
+        optional = {"rival": self.rival, "labels": None if self.labels is None else self._labels(None)}
+        return values | {name: array.tolist() for name, array in optional.items() if array is not None}
 
     def to_json(self) -> str:
         """`to_dict` as JSON; an infinite radius (two logits with a constant difference) is null."""
@@ -335,7 +350,8 @@ def _read(stored: dict[str, Any]) -> dict[str, Any]:
         ValueError, KeyError, TypeError, AttributeError: for whatever is not as `to_json` writes it.
     """
     classes, bound, method, rigorous = (stored[name] for name in ("classes", "bound", "method", "rigorous"))
-    dimension, model_hash, labels = (stored.get(name) for name in ("dimension", "model_sha256", "labels"))
+    dimension, model_hash = stored.get("dimension"), stored.get("model_sha256")
+    rival, labels = stored.get("rival"), stored.get("labels")
     _check(stored["norm"] == "L2", "radii in the L2 norm")
     _check(type(classes) is int and classes >= 1, "a number of classes")
     _check(_is_number(bound) and bound > 0, "a positive bound")
@@ -346,13 +362,16 @@ def _read(stored: dict[str, Any]) -> dict[str, Any]:
     _check(all(isinstance(version, str) for version in stored["versions"].values()), "versions in words")
     _check(isinstance(stored["prediction"], list) and isinstance(stored["radius"], list), "lists")
     _check(len(stored["prediction"]) == len(stored["radius"]), "one radius for every prediction")
-    for values in (stored["prediction"], labels or []):
+    for values in (stored["prediction"], labels or [], rival or []):
         _check(all(type(label) is int and 0 <= label < max(classes, 2) for label in values), "classes")
     _check(all(radius is None or (_is_number(radius) and radius >= 0) for radius in stored["radius"]), "radii")
-    _check(labels is None or (isinstance(labels, list) and len(labels) == len(stored["radius"])), "labels")
+    for values in (labels, rival):
+        _check(values is None or (isinstance(values, list) and len(values) == len(stored["radius"])), "a class each")
+    _check(all(a != b for a, b in zip(rival or [], stored["prediction"], strict=False)), "rivals of the predictions")
     return {
         "radius": np.array([math.inf if radius is None else radius for radius in stored["radius"]], dtype=np.float64),
         "prediction": np.array(stored["prediction"], dtype=np.int64),
+        "rival": None if rival is None else np.array(rival, dtype=np.int64),
         "labels": None if labels is None else np.array(labels, dtype=np.int64),
         "bound": float(bound),
         "classes": classes,
@@ -489,7 +508,7 @@ def _certified(
             "Expected a raw score, whose sign is the class: remove the final activation. "
             f"Received: model '{model.name}', whose single output cannot change its sign"
         )
-    prediction, radius, method = _decided(found)
+    prediction, radius, rival, method = _decided(found)
     classes = 1 if found.is_score else found.outputs.shape[1]
     certificate = Certificate(
         radius=radius,
@@ -497,6 +516,7 @@ def _certified(
         bound=found.state.constant,
         classes=classes,
         method=method,
+        rival=rival,
         labels=None if found.labels is None else margins.class_indices(found.labels, classes),
         **found.identity,
     )
@@ -504,16 +524,21 @@ def _certified(
     return certificate, found.lengths + outputs / found.state.constant
 
 
-def _decided(found: Evaluation) -> tuple[np.ndarray, np.ndarray, str]:
+def _decided(found: Evaluation) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, str]:
+    """Predictions, radii, the rivals that these are about, and the method."""
     if found.is_score:
-        return (found.outputs.reshape(-1) > 0).astype(np.int64), found.score_radii(), "score"
+        positive = found.outputs.reshape(-1) > 0
+        return positive.astype(np.int64), found.score_radii(), (~positive).astype(np.int64), "score"
     prediction, radius = found.outputs.argmax(axis=1), np.empty(len(found.outputs))
+    rival = np.empty(len(found.outputs), dtype=np.int64)
     for label in np.unique(prediction):
         chosen = prediction == label
-        radius[chosen] = found.rival_radii(label, chosen).min(axis=1)
-    if found.local_radii is not None:
-        return prediction, np.maximum(radius, found.local_radii), "local"
-    return prediction, radius, "logits" if found.state.tail is None else "pairwise"
+        radii = found.rival_radii(label, chosen)
+        nearest = radii.argmin(axis=1)
+        radius[chosen], rival[chosen] = radii[np.arange(len(radii)), nearest], nearest + (nearest >= label)
+    if found.local_radii is not None:  # of whichever rival is nearest in each ball
+        return prediction, np.maximum(radius, found.local_radii), None, "local"
+    return prediction, radius, rival, "logits" if found.state.tail is None else "pairwise"
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -541,6 +566,12 @@ class TopKCertificate(_display.Results):
             f"TopKCertificate({len(self)} inputs, {self.radius.shape[1]} classes, k={self.k}, bound {self.bound:.4f}, "
             f"{_arithmetic(self.rigorous)})"
         )
+
+    def _repr_html_(self) -> str:
+        if self.labels is None:
+            return _display.html_table(repr(self), (), (), _curve(self.radius.max(axis=1), f"one of {self.k} stays"))
+        own = self.radius[np.arange(len(self)), self._labels(None)]
+        return _display.html_table(repr(self), (), (), _curve(own, f"certified top-{self.k} accuracy"))
 
     def _columns(self, y: Any = None) -> dict[str, np.ndarray]:
         columns = {f"radius_{label}": radius for label, radius in enumerate(self.radius.T)}
@@ -635,11 +666,19 @@ class OutputCertificate(_display.Results):
             f"{_arithmetic(self.rigorous)})"
         )
 
+    def _repr_html_(self) -> str:
+        columns = self._columns()
+        rows = [(name, column.min(), np.median(column), column.max()) for name, column in columns.items() if len(self)]
+        return _display.html_table(repr(self), ("", "smallest", "median", "largest"), rows[:_MOST_ROWS])
+
     def _columns(self, y: Any = None) -> dict[str, np.ndarray]:
         flat = {name: getattr(self, name).reshape(len(self), -1) for name in ("value", "lower", "upper")}
+        targets = self.labels if y is None else np.asarray(y)
+        if targets is not None:
+            flat = {"target": targets.reshape(len(self), -1), **flat}
         several = flat["value"].shape[1] > 1
         return {
-            f"{name}_{i}" if several else name: column
+            f"{name}_{i}" if several and values.shape[1] > 1 else name: column
             for name, values in flat.items()
             for i, column in enumerate(values.T)
         }

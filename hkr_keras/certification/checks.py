@@ -221,8 +221,8 @@ def check_kernel_layer(layer: Any, shape: Any = None) -> None:
             f"computes with. Received: {layer.name}.quantization_mode={layer.quantization_mode}"
         )
     kernels = kernel_geometries(layer)
-    (first, entry), (last, exit_) = next(iter(kernels.items())), list(kernels.items())[-1]
-    sizes, final = tuple(getattr(layer, first).shape), tuple(getattr(layer, last).shape)
+    entry, exit_ = next(iter(kernels.values())), list(kernels.values())[-1]
+    sizes, *_, final = 2 * [tuple(getattr(layer, name).shape) for name in kernels]  # read once: they may be composed
     check_numbers(layer, [layer.bias] if layer.use_bias else [], (exit_.outputs(final),))
     shape = build_shape(layer) if shape is None else shape
     if shape is None:

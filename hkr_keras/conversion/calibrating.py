@@ -4,6 +4,7 @@ Layer by layer, in the order of computation: the activations of the new model ar
 one. The multiple is free, since no class depends on it.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -17,7 +18,7 @@ from hkr_keras.certification.graph import Application, consumers_of, walk
 from hkr_keras.conversion.rebuilding import Layer, calls_of, from_config
 from hkr_keras.geometry import kernel_geometries
 
-__all__ = ["agreement", "calibrate"]
+__all__ = ["Agreement", "agreement", "calibrate"]
 
 Array = np.ndarray
 Tensor = Any
@@ -63,13 +64,35 @@ def calibrate(model: keras.Model, stand_ins: Mapping[Any, Sequence[Layer]], x: S
     walk(model, [(array, array) for array in x], apply, [tensor.shape for tensor in model.inputs])
 
 
-def agreement(old: keras.Model, new: keras.Model, x: Sequence[Array]) -> float:
-    """The share of inputs for which two models, the old one perhaps with probabilities, name the same class."""
-    before, after = (keras.tree.flatten(model(list(x) if len(x) > 1 else x[0], training=False)) for model in (old, new))
-    same = [
-        _classes(_array(a), whole=True) == _classes(_array(b), whole=False) for a, b in zip(before, after, strict=True)
-    ]
-    return float(np.mean([np.mean(each) for each in same]))
+@dataclasses.dataclass(frozen=True)
+class Agreement:
+    """What the inputs of a calibration say of the old and the new model.
+
+    Args:
+        inputs: how many there were.
+        share: of them, for which both models, the old one perhaps with probabilities, name the same class.
+        margin: the median distance of the first logit of the new model from the second, or of its score from 0.
+    """
+
+    inputs: int
+    share: float
+    margin: float
+
+
+def agreement(old: keras.Model, new: keras.Model, x: Sequence[Array]) -> Agreement:
+    """Compares two models on inputs."""
+    given = list(x) if len(x) > 1 else x[0]
+    before, after = ([_array(y) for y in keras.tree.flatten(model(given, training=False))] for model in (old, new))
+    same = [_classes(a, whole=True) == _classes(b, whole=False) for a, b in zip(before, after, strict=True)]
+    margins = [np.median(_margins(outputs)) for outputs in after]
+    return Agreement(len(x[0]), float(np.mean([np.mean(each) for each in same])), float(np.mean(margins)))
+
+
+def _margins(outputs: Array) -> Array:
+    if outputs.shape[-1] == 1:
+        return np.abs(outputs)
+    first_two = np.sort(outputs, axis=-1)[..., -2:]
+    return first_two[..., 1] - first_two[..., 0]
 
 
 def _classes(outputs: Array, whole: bool) -> Array:
@@ -195,11 +218,11 @@ def _fit_kernel(kernel: Any, columns: Array, goal: Array) -> None:
         inner, squared = float(np.vdot(w, products)), max(float(np.vdot(w, squares @ w)), 1e-30)
         return inner * abs(inner) / squared, inner * products / squared - inner**2 / squared**2 * (squares @ w)
 
-    def projected(w: Array) -> Array:
+    def projected(w: Array) -> Array:  # one iteration, near to the set
         tensor = ops.convert_to_tensor(w.reshape(kernel.shape).astype("float32"))
-        return _array(kernel.constraint.polish(tensor)).reshape(w.shape).astype("float64")
+        return _array(kernel.constraint.project(tensor)).reshape(w.shape).astype("float64")
 
-    best = projected(_array(kernel).reshape(squares.shape[0], -1))
+    best = _array(kernel.constraint.polish(kernel)).reshape(squares.shape[0], -1).astype("float64")
     value, gradient = parallel(best)
     step = 1.0
     for _ in range(_STEPS):
@@ -212,4 +235,4 @@ def _fit_kernel(kernel: Any, columns: Array, goal: Array) -> None:
             best, value, gradient, step = tried, found, slope, step * 1.2
         else:
             step /= 2
-    kernel.assign(best.reshape(kernel.shape))
+    kernel.assign(kernel.constraint.polish(ops.convert_to_tensor(best.reshape(kernel.shape).astype("float32"))))

@@ -100,7 +100,7 @@ def from_deel_lip(model: Any, calibrate: Any = None, print_fn: Callable[[str], A
         return results[layer]
 
     by_name: dict[type | str, Replacement] = {layer.name: lipschitz for layer in kernels}
-    new, rows, share = convert(plain, by_name, None, calibrate)
+    new, rows, agreement = convert(plain, by_name, None, calibrate)
     if print_fn is not None:
         others = {name: (name, was, kind) for name, was, kind in rows}
         told = [
@@ -108,7 +108,7 @@ def from_deel_lip(model: Any, calibrate: Any = None, print_fn: Callable[[str], A
             for operation in operations
             if operation in chains or operation.name in others
         ]
-        print_fn(report(new, told, share))
+        print_fn(report(new, told, agreement))
     return new
 
 

@@ -1,6 +1,8 @@
 """Layers with a Lipschitz constant of at most 1."""
 
-from hkr_keras._hints import renamed
+from keras.layers import Layer
+
+from hkr_keras._hints import refuse_old_arguments, renamed
 from hkr_keras.layers.activations import FullSort, GroupSort, Householder, MaxMin
 from hkr_keras.layers.almost_orthogonal import AOLConv2D, AOLDense, SLLConv2D, SLLDense
 from hkr_keras.layers.base import LipschitzLayer
@@ -111,3 +113,7 @@ __getattr__ = renamed(
         "InvertibleUpSampling": "InvertibleUpsampling2D",
     },
 )
+
+for _cls in map(globals().get, __all__):
+    if isinstance(_cls, type) and issubclass(_cls, Layer):  # not the mixin, whose constructor is that of any class
+        refuse_old_arguments(_cls)

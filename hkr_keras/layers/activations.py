@@ -287,6 +287,7 @@ class Householder(ChannelLayer):
 
     Args:
         axis: the channel axis; `None` for that of `keras.config.image_data_format()`: 1 or -1.
+        theta_initializer: of the angles, one for each pair of channels; `None` for pi / 2.
         **kwargs: of `keras.layers.Layer`.
 
     Input and output shape: any, the same; an even number of channels.
@@ -301,13 +302,18 @@ class Householder(ChannelLayer):
         Singla, Singla and Feizi, ICLR 2022 (arXiv 2108.04062), section 4.
     """
 
+    def __init__(self, axis: int | None = None, theta_initializer: Any = None, **kwargs: Any):
+        super().__init__(axis=axis, **kwargs)
+        given = keras.initializers.get(theta_initializer)
+        self.theta_initializer = keras.initializers.Constant(math.pi / 2) if given is None else given
+
     def build(self, input_shape: Any) -> None:
         super().build(input_shape)
-        self.angles = self.add_weight(
-            name="angles",
-            shape=(input_shape[self.axis] // 2,),
-            initializer=keras.initializers.Constant(math.pi / 2),
-        )
+        shape = (input_shape[self.axis] // 2,)
+        self.angles = self.add_weight(name="angles", shape=shape, initializer=self.theta_initializer)
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "theta_initializer": keras.initializers.serialize(self.theta_initializer)}
 
     def call(self, inputs: Tensor) -> Tensor:
         return _householder(inputs, self.angles, self.axis)

@@ -8,6 +8,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from hkr_keras._backends.compiling import in_one_go
 from hkr_keras._registration import registered
 from hkr_keras.geometry import Geometry, kernel_geometries, weight_geometries
 from hkr_keras.layers.base import ComposedKernel, LipschitzLayer, PlainLayers, at_least_float32
@@ -115,7 +116,7 @@ class _Rescaled(ComposedKernel):
         return self.unscaled
 
     def compose(self) -> Any:
-        return _almost_orthogonal(at_least_float32(self.unscaled), self.strides)
+        return in_one_go(_almost_orthogonal, at_least_float32(self.unscaled), tuple(self.strides))
 
 
 @weight_geometries.register(_Rescaled)
@@ -205,9 +206,9 @@ class _Residual(LipschitzLayer, keras.layers.Layer):
     @property
     def kernel(self) -> Any:
         """W, computed from the weight `unscaled` wherever it is read."""
-        return _almost_orthogonal(at_least_float32(self.unscaled), self.strides)
+        return in_one_go(_almost_orthogonal, at_least_float32(self.unscaled), tuple(self.strides))
 
-    def _stored(self) -> list:
+    def stored(self) -> list:
         return [ops.convert_to_numpy(weight) for weight in (self.kernel, self.bias)]
 
     def compute_output_shape(self, input_shape: Any) -> Any:
@@ -283,7 +284,7 @@ class SLLDense(_Residual):
 
     def as_keras(self, new: PlainLayers, *inputs: Tensor) -> Tensor:
         """Two Dense layers and a sum."""
-        (x,), (kernel, bias) = inputs, self._stored()
+        (x,), (kernel, bias) = inputs, self.stored()
         hidden = new(keras.layers.Dense, self.units, activation="relu", weights=[kernel, bias])(x)
         back = new(keras.layers.Dense, x.shape[-1], use_bias=False, weights=[-2 * kernel.T])(hidden)
         return new(keras.layers.Add)([x, back])
@@ -351,7 +352,7 @@ class SLLConv2D(_Residual):
 
     def as_keras(self, new: PlainLayers, *inputs: Tensor) -> Tensor:
         """A convolution, its adjoint and a sum."""
-        (x,), (kernel, bias) = inputs, self._stored()
+        (x,), (kernel, bias) = inputs, self.stored()
         settings = {"kernel_size": self.kernel_size, "padding": "same", "data_format": "channels_last"}
         hidden = new(keras.layers.Conv2D, self.filters, activation="relu", weights=[kernel, bias], **settings)(x)
         adjoint = new(keras.layers.Conv2DTranspose, x.shape[-1], use_bias=False, weights=[-2 * kernel], **settings)

@@ -85,7 +85,11 @@ class LipschitzLayer:
 
     def as_keras(self, new: PlainLayers, *inputs: Tensor) -> Layer | Tensor:
         """What the layer is in plain Keras layers: see `PlainLayers`."""
-        return new.alike(keras_class(self), self.get_weights())  # type: ignore[attr-defined]
+        return new.alike(keras_class(self), self.stored())
+
+    def stored(self) -> list[Any]:
+        """The weights of the plain layer."""
+        return self.get_weights()  # type: ignore[attr-defined]
 
     def enable_lora(self, rank: Any, *args: Any, **kwargs: Any) -> None:
         raise ValueError(
@@ -144,11 +148,7 @@ class ComposedKernel(LipschitzLayer, keras.layers.Layer):
             outputs = outputs + ops.reshape(self.bias, shape)
         return outputs if self.activation is None else self.activation(outputs)
 
-    def as_keras(self, new: PlainLayers, *inputs: Tensor) -> Layer | Tensor:
-        """The layer with its kernel stored."""
-        return new.alike(keras_class(self), self._stored())
-
-    def _stored(self) -> list:
+    def stored(self) -> list[Any]:
         """The composed kernel and the bias."""
         return [ops.convert_to_numpy(weight) for weight in (self.kernel, self.bias) if weight is not None]
 

@@ -1,9 +1,12 @@
 """Keras's own kernel layers, kept 1-Lipschitz. Constructor, forward pass and config are Keras's."""
 
+import inspect
+
 import keras
 
 from hkr_keras._registration import registered
 from hkr_keras.layers.base import LipschitzLayer
+from hkr_keras.layers.circular import CircularConv
 
 __all__ = [
     "LipschitzConv1D",
@@ -46,14 +49,19 @@ class LipschitzDense(LipschitzLayer, keras.layers.Dense):
 
 
 @registered
-class LipschitzConv1D(LipschitzLayer, keras.layers.Conv1D):
+class LipschitzConv1D(CircularConv, keras.layers.Conv1D):
     """`keras.layers.Conv1D` with an operator norm of at most 1, for any length.
 
     All arguments are those of `keras.layers.Conv1D`; `kernel_constraint` as for `LipschitzDense`. The kernel,
     as a matrix of `kernel_size * inputs` rows, is orthonormal divided by the root of the largest number of
-    windows over one step, `ceil(kernel_size / strides)`. Zero and causal padding, any dilation, groups.
+    windows over one step, `ceil(kernel_size / strides)`. Zero and causal padding, any dilation, groups; and `padding`
+    may be `"circular"`, which continues the input periodically.
 
-    Input and output shapes: those of `keras.layers.Conv1D`.
+    Input and output shapes: those of `keras.layers.Conv1D`; circular: `(batch, steps / strides, filters)`.
+
+    Raises:
+        ValueError: for a circular input of unknown size, one that the strides do not divide, or one that is shorter
+            than half of the window.
 
     Example:
 
@@ -65,9 +73,11 @@ class LipschitzConv1D(LipschitzLayer, keras.layers.Conv1D):
         Serrurier et al., CVPR 2021 (arXiv 2006.06520), appendix, with the maximum in place of the mean.
     """
 
+    __signature__ = inspect.signature(keras.layers.Conv1D)
+
 
 @registered
-class LipschitzConv2D(LipschitzLayer, keras.layers.Conv2D):
+class LipschitzConv2D(CircularConv, keras.layers.Conv2D):
     """`keras.layers.Conv2D` with an operator norm of at most 1, for any image size.
 
     As `LipschitzConv1D`, in two dimensions.
@@ -81,9 +91,11 @@ class LipschitzConv2D(LipschitzLayer, keras.layers.Conv2D):
     (8, 8, 4)
     """
 
+    __signature__ = inspect.signature(keras.layers.Conv2D)
+
 
 @registered
-class LipschitzConv3D(LipschitzLayer, keras.layers.Conv3D):
+class LipschitzConv3D(CircularConv, keras.layers.Conv3D):
     """`keras.layers.Conv3D` with an operator norm of at most 1, for any volume size.
 
     As `LipschitzConv1D`, in three dimensions.
@@ -96,6 +108,8 @@ class LipschitzConv3D(LipschitzLayer, keras.layers.Conv3D):
     >>> tuple(hkr.layers.LipschitzConv3D(4, 2)(np.ones((2, 4, 4, 4, 3), "float32")).shape[1:])
     (3, 3, 3, 4)
     """
+
+    __signature__ = inspect.signature(keras.layers.Conv3D)
 
 
 @registered

@@ -10,9 +10,11 @@ import keras
 from keras import ops
 
 from hkr_keras import constraints
+from hkr_keras._backends.compiling import in_one_go
 from hkr_keras._registration import registered
 from hkr_keras.geometry import Geometry, weight_geometries
-from hkr_keras.layers.base import ComposedKernel, Layer, PlainLayers, at_least_float32, keras_class
+from hkr_keras.layers.base import ComposedKernel, at_least_float32
+from hkr_keras.layers.circular import CircularConv, CircularConvolution
 
 __all__ = [
     "OrthogonalConv1D",
@@ -139,31 +141,7 @@ def _two_tap_steps(window: Sequence[int], strides: Sequence[int]) -> list[tuple[
     return [(axis, turn % 2 == 1) for turn, axis in turns if turn < extra[axis]]
 
 
-def _wrap(x: Tensor, axis: int, before: int, after: int) -> Tensor:
-    """Continues an axis periodically: the last `before` entries in front, the first `after` ones behind.
-
-    Args:
-        x: tensor with a static size along `axis`, at least `before` and `after`.
-        axis: the axis.
-        before: entries to add in front.
-        after: entries to add behind.
-
-    Returns:
-        Tensor of the same dtype.
-
-    Example:
-
-    >>> ops.convert_to_numpy(_wrap(ops.array([1, 2, 3]), axis=0, before=2, after=1)).tolist()
-    [2, 3, 1, 2, 3, 1]
-    """
-    size = x.shape[axis]
-    front = (slice(None),) * axis
-    parts = [x[(*front, slice(size - before, size))]] if before else []
-    parts += [x, x[(*front, slice(0, after))]] if after else [x]
-    return ops.concatenate(parts, axis=axis) if len(parts) > 1 else x
-
-
-class _OrthogonalConvolution(ComposedKernel):
+class _OrthogonalConvolution(CircularConvolution, ComposedKernel):
     """What the orthogonal layers share. Mixin before a Keras convolution.
 
     The weights are `mixing` and `bases`, the orthonormal factors of the kernel.
@@ -173,12 +151,7 @@ class _OrthogonalConvolution(ComposedKernel):
     groups = 1  # transposed layers of Keras have none
 
     def __init__(self, *args: Any, **kwargs: Any):
-        given = inspect.signature(super().__init__).bind(*args, **kwargs)
-        circular = str(given.arguments.get("padding")).lower() == "circular"
-        if circular:  # for Keras, a convolution without padding of an input that is continued first
-            given.arguments["padding"] = "valid"
-        super().__init__(*given.args, **given.kwargs)
-        self.circular = circular
+        super().__init__(*args, **kwargs)
         if any(k < s for k, s in zip(self.kernel_size, self.strides, strict=True)):
             raise ValueError(
                 "Expected kernel_size to be at least strides, since otherwise some inputs are never seen. "
@@ -215,38 +188,8 @@ class _OrthogonalConvolution(ComposedKernel):
     def compose(self) -> Any:
         bases = None if self.bases is None else at_least_float32(self.bases)
         mixing = at_least_float32(self.mixing)
-        return _SHRINK * _orthogonal_kernel(mixing, bases, self.kernel_size, self._inputs, self.groups)
-
-    def _axes(self) -> Any:
-        """Axes of the inputs along which the window runs."""
-        start = 1 if self.data_format == "channels_last" else 2
-        return range(start, start + len(self.kernel_size))
-
-    def _wrap(self, inputs: Any, before: Any, after: Any) -> Any:
-        for axis, left, right in zip(self._axes(), before, after, strict=True):
-            inputs = _wrap(inputs, axis, left, right)
-        return inputs
-
-    def _check_circle(self, shape: Any, lengths: Any, multiples: Any) -> None:
-        for axis, least, multiple in zip(self._axes(), lengths, multiples, strict=True):
-            size = shape[axis]
-            if size is None or size < least or size % multiple:
-                raise ValueError(
-                    f"Expected {type(self).__name__} '{self.name}' with padding='circular' to receive inputs of "
-                    f"known size, at least {least} and a multiple of {multiple}. Received: shape={tuple(shape)}"
-                )
-
-    def as_keras(self, new: PlainLayers, *inputs: Tensor) -> Layer | Tensor:
-        """The layer with its kernel stored; on a circle, without padding on an input that is continued first."""
-        if not self.circular:
-            return super().as_keras(new, *inputs)
-        (x,) = inputs
-        plain = new.alike(keras_class(self), self._stored(), padding="valid", activation=None)
-        return new(keras.layers.Activation, self.activation)(self.cut(plain(self.continued(x)), x.shape))
-
-    def get_config(self) -> dict[str, Any]:
-        config = super().get_config()
-        return {**config, "padding": "circular"} if self.circular else config
+        settings = tuple(self.kernel_size), self._inputs, self.groups
+        return _SHRINK * in_one_go(_orthogonal_kernel, mixing, bases, *settings)
 
 
 def _with_other_seed(initializer: Any) -> Any:
@@ -265,81 +208,49 @@ def _(layer: Any) -> dict[str, Geometry]:
     return {"mixing": Geometry(groups=layer.groups), "bases": Geometry(depthwise=True)}
 
 
-class _OrthogonalConv(_OrthogonalConvolution):
-    def _circle(self, shape: Any) -> Any:
-        """Cells to add before and after, so that without padding the output has size `size / strides`."""
-        total = [
-            d * (k - 1) + 1 - s for k, s, d in zip(self.kernel_size, self.strides, self.dilation_rate, strict=True)
-        ]
-        self._check_circle(shape, [t - t // 2 for t in total], self.strides)
-        return [t // 2 for t in total], [t - t // 2 for t in total]
-
-    def continued(self, inputs: Tensor) -> Any:
-        """The input of a circular layer, with what a convolution without padding needs at its ends."""
-        return self._wrap(inputs, *self._circle(inputs.shape))
-
-    def cut(self, outputs: Any, shape: Any) -> Any:
-        """The output of a circular layer out of that convolution, for inputs of a shape."""
-        return outputs
-
+class _OrthogonalConv(CircularConv, _OrthogonalConvolution):
     def operate(self, inputs: Tensor, kernel: Any) -> Tensor:
         padding = self.padding
-        if self.circular:
-            inputs = self.continued(inputs)
-        elif padding == "causal":
+        if padding == "causal":
             widths = [(0, 0)] * len(inputs.shape)
-            widths[self._axes()[0]] = (self.dilation_rate[0] * (self.kernel_size[0] - 1), 0)
+            widths[self.axes()[0]] = (self.dilation_rate[0] * (self.kernel_size[0] - 1), 0)
             inputs, padding = ops.pad(inputs, widths), "valid"
         return ops.conv(inputs, kernel, list(self.strides), padding, self.data_format, self.dilation_rate)
 
-    def compute_output_shape(self, input_shape: Any) -> Any:
-        if not self.circular:
-            return super().compute_output_shape(input_shape)
-        shape = list(input_shape)
-        for axis, before, after in zip(self._axes(), *self._circle(input_shape), strict=True):
-            shape[axis] += before + after
-        return super().compute_output_shape(tuple(shape))
-
 
 class _OrthogonalConvTranspose(_OrthogonalConvolution):
-    def _circle(self, shape: Any) -> Any:
-        """Cells to add before and after, and where the output, of size `size * strides`, then begins."""
-        sizes = list(zip(self.kernel_size, self.strides, self.dilation_rate, strict=True))
-        reach = [d * (k - 1) for k, s, d in sizes]
-        lefts = [(r + 1 - s) // 2 for r, s in zip(reach, self.strides, strict=True)]
+    def circle(self, shape: Any) -> tuple[list[int], list[int]]:
+        """Cells to add before and after, so that the output holds all that `cut` takes of it."""
+        reach, lefts = self._reach()
         before = [(r - left) // s for r, left, s in zip(reach, lefts, self.strides, strict=True)]
         after = [-(-left // s) for left, s in zip(lefts, self.strides, strict=True)]
-        self._check_circle(shape, [max(pair) for pair in zip(before, after, strict=True)], [1] * len(sizes))
-        starts = [left + s * b for left, s, b in zip(lefts, self.strides, before, strict=True)]
-        return before, after, starts
+        self._check_circle(shape, [max(pair) for pair in zip(before, after, strict=True)], [1] * len(reach))
+        return before, after
 
-    def continued(self, inputs: Tensor) -> Any:
-        """The input of a circular layer, with what a convolution without padding needs at its ends."""
-        before, after, _ = self._circle(inputs.shape)
-        return self._wrap(inputs, before, after)
+    def _reach(self) -> tuple[list[int], list[int]]:
+        """How far one entry reaches in the output, and how much of that is to its left."""
+        reach = [d * (k - 1) for k, d in zip(self.kernel_size, self.dilation_rate, strict=True)]
+        return reach, [(r + 1 - s) // 2 for r, s in zip(reach, self.strides, strict=True)]
 
-    def cut(self, outputs: Any, shape: Any) -> Any:
-        """The output of a circular layer out of that convolution, for inputs of a shape."""
-        _, _, starts = self._circle(shape)
-        for axis, start, s in zip(self._axes(), starts, self.strides, strict=True):
+    def cut(self, outputs: Tensor, shape: Any) -> Tensor:
+        before, _ = self.circle(shape)
+        for axis, left, b, s in zip(self.axes(), self._reach()[1], before, self.strides, strict=True):
+            start = left + s * b
             outputs = outputs[(*(slice(None),) * axis, slice(start, start + s * shape[axis]))]
         return outputs
 
     def operate(self, inputs: Tensor, kernel: Any) -> Tensor:
-        shape = inputs.shape
-        if self.circular:
-            inputs = self.continued(inputs)
         kernel = _dilated(kernel, self.dilation_rate)  # TensorFlow has no transposed convolution with gaps on most CPUs
         outputs = ops.conv_transpose(
-            inputs, kernel, list(self.strides), self.padding, self.output_padding, self.data_format
+            self.continued(inputs), kernel, list(self.strides), self.padding, self.output_padding, self.data_format
         )
-        return self.cut(outputs, shape) if self.circular else outputs
+        return self.cut(outputs, inputs.shape) if self.circular else outputs
 
     def compute_output_shape(self, input_shape: Any) -> Any:
         shape = list(super().compute_output_shape(input_shape))
         if self.circular:
-            self._circle(input_shape)
-            for axis, s in zip(self._axes(), self.strides, strict=True):
+            self.circle(input_shape)
+            for axis, s in zip(self.axes(), self.strides, strict=True):
                 shape[axis] = input_shape[axis] * s
         return tuple(shape)
 

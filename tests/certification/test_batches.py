@@ -273,6 +273,7 @@ def test_the_slack_of_an_input_is_its_own(model):
         *({"method": "guess"}, {"method": "score"}, {"rigorous": "yes"}, {"rigorous": 1}),
         *({"model_sha256": "abc"}, {"model_sha256": 3}, {"versions": {"keras": 3}}, {"versions": []}),
         *({"labels": [5]}, {"labels": "0"}, {"labels": [0, 1]}, {"dimension": True}),
+        *({"rival": [5]}, {"rival": "0"}, {"rival": [0, 2]}, {"rival": [1]}, {"rival": 0}, {"rival": [None]}),
     ],
 )
 def test_what_no_certificate_holds_is_refused(change):
@@ -297,11 +298,11 @@ def test_results_are_shown_and_tabled(model, tmp_path):
     assert len(repr(certificate)) < 120
     assert "<svg" in certificate._repr_html_()
     frame = certificate.to_frame(Y)
-    assert list(frame.columns) == ["label", "prediction", "radius", "correct"]
+    assert list(frame.columns) == ["label", "prediction", "radius", "rival", "correct"]
     assert frame["radius"].tolist() == certificate.radius.tolist()
     certificate.to_csv(tmp_path / "radii.csv")
     rows = (tmp_path / "radii.csv").read_text().splitlines()
-    assert rows[0] == "prediction,radius"
+    assert rows[0] == "prediction,radius,rival"
     assert len(rows) == 23
     shares = certificate.accuracy(Y, [0.1, 0.2])
     assert shares.tolist() == [certificate.accuracy(Y, 0.1), certificate.accuracy(Y, 0.2)]
@@ -317,4 +318,7 @@ def test_results_are_shown_and_tabled(model, tmp_path):
     for result in (top, outputs):
         assert len(result[:5]) == 5
         assert len(result.to_frame()) == 22
+        assert "Certificate(22 inputs" in result._repr_html_()
+        result.to_csv(tmp_path / "rows.csv")
+        assert len((tmp_path / "rows.csv").read_text().splitlines()) == 23
         assert len(repr(result)) < 120

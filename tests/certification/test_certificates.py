@@ -8,6 +8,7 @@ import keras
 import numpy as np
 import pytest
 import sklearn.metrics
+from helpers import normal, to_numpy
 
 import hkr_keras as hkr
 from hkr_keras import Certificate, bounds, certify
@@ -51,6 +52,24 @@ def conv_model():
             keras.layers.Dense(3),
         ]
     )
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("outputs", [1, 5])
+def test_the_rival_is_the_class_of_the_smallest_radius(outputs):
+    model, x = dense_model(outputs), normal((40, FEATURES))
+    certificate = hkr.certify(model, x, verbose=0)
+    kept = hkr.Certificate.from_json(certificate.to_json())
+    assert kept.rival.tolist() == certificate.rival.tolist()
+    assert certificate[3:7].rival.tolist() == certificate.rival[3:7].tolist()
+    assert (certificate.rival != certificate.prediction).all()
+    if outputs == 1:
+        return
+    kernel, logits = to_numpy(model.layers[-1].kernel), to_numpy(model(x))
+    rows = np.arange(len(x))
+    difference = logits[rows, certificate.prediction] - logits[rows, certificate.rival]
+    stretched = np.linalg.norm(kernel[:, certificate.prediction] - kernel[:, certificate.rival], axis=0)
+    assert certificate.radius == pytest.approx(difference / stretched, rel=1e-4)  # the body has constant 1
 
 
 MODELS = {

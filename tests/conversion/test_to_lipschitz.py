@@ -1,5 +1,7 @@
 """Conversion to Lipschitz layers and constraints on models as they are."""
 
+import re
+
 import keras
 import numpy as np
 import pytest
@@ -349,11 +351,21 @@ def test_calibration_keeps_the_classes_of_a_trained_network():
         to_numpy(model(data.x_train[:1024])).argmax(1) == to_numpy(calibrated(data.x_train[:1024])).argmax(1)
     )
     assert f"Of 1,024 inputs, {share:.1%} are of the same class" in line
+    first_two = np.sort(to_numpy(calibrated(data.x_train[:1024])), axis=1)[:, -2:]
+    margin = float(re.search(r"MulticlassHKR\(alpha=50, margin=([0-9.]+)\)", said[0])[1])
+    assert margin == pytest.approx(np.median(first_two[:, 1] - first_two[:, 0]), rel=0.06)
     assert hkr.lipschitz_bound(calibrated) < 10**0.5 * 1.01
     for layer in calibrated.layers:
         for name in hkr.geometry.kernel_geometries(layer):
             kernel = to_numpy(getattr(layer, name))
             np.testing.assert_allclose(to_numpy(getattr(layer, name).constraint(kernel)), kernel, atol=1e-4)
+    start, reached = accuracy(calibrated), {}
+    scratch = keras.models.clone_model(calibrated)
+    for name, net, epochs in (("tuned", calibrated, 1), ("scratch", scratch, 2)):
+        net.compile("adam", hkr.losses.MulticlassHKR(alpha=50, margin=margin))
+        net.fit(data.x_train, data.y_train, batch_size=64, epochs=epochs, verbose=0)
+        reached[name] = accuracy(net)
+    assert reached["tuned"] > max(start - 0.01, reached["scratch"] + 0.05), (start, reached)
     again = hkr.to_lipschitz(model, calibrate=data.x_train[:300], print_fn=None)
     assert accuracy(again) > 0.7  # with GroupSort
 

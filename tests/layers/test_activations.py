@@ -121,6 +121,10 @@ def test_householder_starts_as_max_min():
 @pytest.mark.parametrize("seed", range(5))
 def test_householder_is_continuous_for_any_angle(seed):
     angle = np.random.default_rng(seed).uniform(-10, 10)
+    layer = L.Householder(theta_initializer=keras.initializers.Constant(0.5))
+    assert L.Householder.from_config(layer.get_config()).get_config() == layer.get_config()
+    layer.build((None, 4))
+    np.testing.assert_allclose(to_numpy(layer.angles), 0.5)
     layer = L.Householder()
     layer.build((None, 2))
     layer.set_weights([np.array([angle], "float32")])

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 import hkr_keras as hkr
 from hkr_keras.certification import singular_values
 from hkr_keras.geometry import model_kernels
-from hkr_keras.layers.orthogonal import _block_convolution, _orthogonal_kernel, _two_tap_steps, _wrap
+from hkr_keras.layers.circular import wrap
+from hkr_keras.layers.orthogonal import _block_convolution, _orthogonal_kernel, _two_tap_steps
 
 L = hkr.layers
 TOLERANCE = 1e-6  # the promise; float32 leaves less, see _SHRINK
@@ -171,7 +172,7 @@ def test_steps_take_axes_and_directions_in_turn():
 def test_wrap(amounts):
     x = normal((2, 3, 2))
     np.testing.assert_array_equal(
-        to_numpy(_wrap(keras.ops.convert_to_tensor(x), 1, *amounts), "float32"),
+        to_numpy(wrap(keras.ops.convert_to_tensor(x), 1, *amounts), "float32"),
         np.pad(x, [(0, 0), amounts, (0, 0)], mode="wrap"),
     )
 

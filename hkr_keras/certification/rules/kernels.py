@@ -25,6 +25,7 @@ from hkr_keras.certification.rules.registry import Shape, layer_rounding, rule
 from hkr_keras.certification.singular_values import absolute_bound, as_float64, is_cheap, kernel_blocks, kernel_bound
 from hkr_keras.geometry import kernel_geometries, overlap
 from hkr_keras.layers.base import ComposedKernel
+from hkr_keras.layers.circular import CircularConv
 
 __all__ = ["check_convolution"]
 
@@ -98,7 +99,8 @@ def _absolute_twin(layer: Any) -> keras.layers.Layer:
     config = plain.get_config(layer)  # without what a subclass adds
     config |= {name: None for name in config if name.endswith(("_constraint", "_regularizer"))}
     twin = plain.from_config({**config, "use_bias": False, "activation": None})
-    twin.build(layer.get_build_config()["input_shape"])
+    shape = layer.get_build_config()["input_shape"]
+    twin.build(layer.continued_shape(shape) if isinstance(layer, CircularConv) else shape)
     for name in kernel_geometries(layer):
         getattr(twin, name).assign(ops.abs(ops.convert_to_tensor(getattr(layer, name))))
     return twin
@@ -136,7 +138,8 @@ def _rounding(layer: Any, shape: Shape) -> RoundingRule:
     def rounding(x: Any, y: Any) -> Rounding:
         check_convolution(layer, x)
         copies = math.sqrt(y[0].size / len(bias)) if layer.use_bias else 0.0
-        absolute_sums = norms(ops.convert_to_numpy(twin(np.abs(x)))) * (1 + 2 * gamma)
+        continued = layer.continued(x) if isinstance(layer, CircularConv) else x
+        absolute_sums = norms(ops.convert_to_numpy(twin(ops.abs(continued)))) * (1 + 2 * gamma)
         shift = gamma * float(np.linalg.norm(bias)) * copies
         flushed = (4 * terms + 8) * (entries(y) + outer * between * entries(y)) + 2 * absolute * entries(x)
         at_centre = sums * absolute_sums + (UNIT_ROUNDOFF * inner + linear) * norms(x) + shift + last * norms(y)
@@ -169,6 +172,7 @@ def _reflection(layer: Any, shape: Shape) -> float:
 rule(
     *(_k.Dense, _k.Conv1D, _k.Conv2D, _k.Conv3D, _k.Conv1DTranspose, _k.Conv2DTranspose, _k.Conv3DTranspose),
     *(_k.DepthwiseConv1D, _k.DepthwiseConv2D, _k.SeparableConv1D, _k.SeparableConv2D),
+    *(layers.LipschitzConv1D, layers.LipschitzConv2D, layers.LipschitzConv3D),  # which may be circular
     bound=_bound,
     tail=_operator,
     slope=_slope,
