@@ -93,7 +93,11 @@ def export(
             warnings.simplefilter("ignore")  # third parties' own business
             plain.export(str(path), format=format, **{"verbose": False, **kwargs})
     except ImportError as error:
-        raise ImportError(f"Exports to {format} need more packages: {_EXTRA}. {error}") from error
+        other = "tensorflow" if format == "litert" else "torch"
+        raise ImportError(
+            f"Exports to {format} need more packages: {_EXTRA}. {error}. Or another backend, for a saved model: "
+            f"KERAS_BACKEND={other} hkr_keras export model.keras {path}"
+        ) from error
     if difference := _difference(model, ExportedModel(path, certificate), probes, bound):
         raise ValueError(
             "Expected a file whose outputs are those of the model, up to the rounding of float32. Received: outputs "
