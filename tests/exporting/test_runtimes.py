@@ -209,6 +209,16 @@ def test_options_that_change_the_function_are_refused(options, tmp_path):
         hkr.export(hkr.models.lipschitz_mlp((4,), 3, widths=()), tmp_path / NAMES[FORMATS[0]], **options)
 
 
+@pytest.mark.once
+def test_without_packages_another_backend_is_named(tmp_path, monkeypatch):
+    def export(*args, **kwargs):
+        raise ImportError("jax2onnx")
+
+    monkeypatch.setattr(keras.Model, "export", export)
+    with pytest.raises(ImportError, match=r"jax2onnx.*KERAS_BACKEND=torch hkr_keras export model.keras .*net.onnx"):
+        hkr.export(hkr.models.lipschitz_mlp((4,), 3, widths=(8,)), tmp_path / "net.onnx")
+
+
 def test_a_file_that_computes_something_else_is_refused(tmp_path, monkeypatch):
     original = exporting.ExportedModel.predict
     monkeypatch.setattr(exporting.ExportedModel, "predict", lambda file, x: original(file, x) * 1.001)
