@@ -27,9 +27,9 @@ if importlib.util.find_spec("hkr_keras") is None:
         place = "file://" + os.path.abspath("..")
     # %pip install --quiet "hkr_keras[plots,sklearn] @ {place}"
 
+# %%
 os.environ.setdefault("KERAS_BACKEND", "jax")  # or "tensorflow", or "torch"
 
-# %%
 import keras
 import matplotlib.pyplot as plt
 import numpy as np
@@ -38,6 +38,7 @@ from sklearn.neighbors import KNeighborsClassifier
 import hkr_keras as hkr
 from hkr_keras.explanations import counterfactual, nearest_adversarial, saliency
 
+plt.rcParams["figure.dpi"] = 150
 keras.utils.set_random_seed(0)
 data = hkr.datasets.load("digits")
 
