@@ -28,9 +28,9 @@ if importlib.util.find_spec("hkr_keras") is None:
         place = "file://" + os.path.abspath("..")
     # %pip install --quiet "hkr_keras[plots,sklearn] @ {place}"
 
+# %%
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")  # the fastest of the three for convolutions on a CPU
 
-# %%
 import json
 import pathlib
 
@@ -40,6 +40,7 @@ import numpy as np
 
 import hkr_keras as hkr
 
+plt.rcParams["figure.dpi"] = 150
 try:
     data = hkr.datasets.load("fashion_mnist")
 except ConnectionError as error:
@@ -103,8 +104,15 @@ fig, axes = plt.subplots(2, 8, figsize=(10, 3.1), layout="constrained")
 for row, indices in zip(axes, (order[-8:][::-1], order[:8]), strict=True):
     for ax, i in zip(row, indices, strict=True):
         ax.imshow(data.x_test[i, ..., 0], cmap="gray_r")
-        ax.set_title(f"{NAMES[certificate.prediction[i]]}\nr = {certificate.radius[i]:.3f}", fontsize=8)
+        ax.set_title(f"{NAMES[certificate.prediction[i]]}\nr = {certificate.radius[i]:.2g}", fontsize=8)
         ax.axis("off")
+plt.show()
+
+# %% [markdown]
+# Which classes are taken for which, whatever anybody does to the images within 0.5, and which of them may still turn:
+
+# %%
+hkr.plotting.plot_certified_confusion(certificate, data.y_test, epsilon=0.5, names=NAMES)
 plt.show()
 
 # %% [markdown]
@@ -136,7 +144,7 @@ radii = certificate.radius[sample]
 assert (np.array(distances) > radii).all()
 
 fig, ax = plt.subplots(figsize=(5.2, 4.2), layout="constrained")
-ax.plot(radii, distances, "o", color="#1f5fa8", markersize=4)
+ax.plot(radii, distances, "o", color="#2f74c0", markersize=4)
 limit = 1.5 * max(radii)
 ax.fill_between([0, limit], [0, limit], color="#d9622b", alpha=0.12, linewidth=0)
 ax.text(0.72 * limit, 0.3 * limit, "impossible", color="#d9622b", ha="center")
@@ -157,14 +165,16 @@ certificates = [
     train(hkr.losses.LogSumExpHKR(alpha, margin), epochs=30 if SMALL else 1)[1] for alpha, margin in settings
 ]
 clean = [c.accuracy(data.y_test) for c in certificates]
-fig, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+fig, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
 for ax, epsilon in zip(axes, (36 / 255, 0.5), strict=True):
     certified = [c.accuracy(data.y_test, epsilon) for c in certificates]
     hkr.plotting.plot_frontier(clean, certified, ax)
     for (alpha, margin), x, y in zip(settings, clean, certified, strict=True):
-        ax.annotate(f"{alpha}, {margin}", (100 * x, 100 * y), (7, 7), textcoords="offset points", fontsize=8)
+        side, offset = ("left", (7, -3)) if x == max(clean) else ("right", (-7, 4))
+        label = f"alpha {alpha}, margin {margin}"
+        ax.annotate(label, (100 * x, 100 * y), offset, textcoords="offset points", fontsize=8, ha=side)
     ax.set_title(f"radius {epsilon:.3g}", fontsize=11)
-    ax.margins(0.25)
+    ax.margins(0.5, 0.2)
 plt.show()
 
 # %% [markdown]
@@ -184,7 +194,7 @@ runs = [json.loads(line) for line in stored.read_text().splitlines()]
 
 fig, axes = plt.subplots(1, 4, figsize=(12, 3.5), layout="constrained", sharex=True)
 for library, label, color in (
-    ("hkr_keras", "hkr_keras, proven", "#1f5fa8"),
+    ("hkr_keras", "hkr_keras, proven", "#2f74c0"),
     ("deel-lip", "deel-lip 1.5.0, own claim (unsound)", "#d9622b"),
 ):
     groups = {}

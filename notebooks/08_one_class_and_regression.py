@@ -26,15 +26,17 @@ if importlib.util.find_spec("hkr_keras") is None:
         place = "file://" + os.path.abspath("..")
     # %pip install --quiet "hkr_keras[plots,sklearn] @ {place}"
 
+# %%
 os.environ.setdefault("KERAS_BACKEND", "jax")  # or "tensorflow", or "torch"
 
-# %%
 import keras
 import matplotlib.pyplot as plt
 import numpy as np
 from sklearn.datasets import load_diabetes
 
 import hkr_keras as hkr
+
+plt.rcParams["figure.dpi"] = 150
 
 
 def one_class(x, widths, margin, epochs, box=None, batch_size=64):
@@ -134,12 +136,12 @@ ax.fill_between(
     np.arange(len(order)),
     interval.lower[order, 0],
     interval.upper[order, 0],
-    color="#1f5fa8",
+    color="#2f74c0",
     alpha=0.3,
     linewidth=0,
     label="prediction, inputs off by up to 0.1",
 )
-ax.plot(interval.value[order, 0], color="#1f5fa8", linewidth=1.5, label="prediction")
+ax.plot(interval.value[order, 0], color="#2f74c0", linewidth=1.5, label="prediction")
 ax.plot(y_test[order], "o", color="#d9622b", markersize=3, label="truth")
 ax.set(xlabel="patients, in the order of their prediction", ylabel="progress (standardised)")
 ax.legend(frameon=False)
