@@ -31,7 +31,8 @@ help:  ## What can be made
 demo: $(VENV)/.installed-$(BACKEND)  ## Train, certify and show a digits classifier (ARGS="--dataset moons", BACKEND=jax)
 	KERAS_BACKEND=$(BACKEND) $(QUIET) $(BIN)/python -m hkr_keras demo $(ARGS)
 
-test: $(VENV)/.installed-test lint docs  ## Lint, documentation, then the whole suite on every backend, each in its own process
+test: $(VENV)/.installed-test  ## Lint, documentation, then the whole suite on every backend, each in its own process
+	@$(MAKE) --no-print-directory -j2 lint docs
 	@set -e; for backend in $(BACKENDS); do \
 		echo "== tests on $$backend"; \
 		KERAS_BACKEND=$$backend $(QUIET) $(KEPT) $(ONE_THREAD) $(BIN)/python -m pytest -q -n $(WORKERS) --durations=5 \

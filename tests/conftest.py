@@ -57,6 +57,16 @@ if keras.backend.backend() == "jax":
     _draw_with_numpy()
 
 
+@pytest.fixture(autouse=True)
+def _compile_quickly(request):
+    """On JAX, what is not about certificates or the arithmetic of layers is compiled without most optimizations."""
+    if keras.backend.backend() == "jax":
+        import jax
+
+        exact = {"certification", "layers", "test_break_certificates.py", "test_linalg.py", "test_constraints.py"}
+        jax.config.update("jax_disable_most_optimizations", not exact & set(request.path.parts))
+
+
 @pytest.fixture
 def backend() -> str:
     """Name of the backend in use."""

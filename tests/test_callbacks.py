@@ -93,6 +93,7 @@ class Probe(keras.callbacks.Callback):
         self.epochs.append(deviation(self.model))
 
 
+@pytest.mark.many
 @pytest.mark.parametrize(
     ("every", "projected_batches", "exact_epochs"),
     [
@@ -383,6 +384,7 @@ def test_what_is_validated_is_on_the_set(every):
     assert certified == pytest.approx(hkr.certify(model, X, verbose=0).mean_radius(Y), rel=1e-4)
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("every", [100, "epoch", "train_end"])
 @pytest.mark.parametrize("first", [False, True], ids=["listed last", "listed first"])
 def test_what_is_saved_and_restored_is_on_the_set(every, first, tmp_path):
@@ -446,6 +448,7 @@ class Bounds(keras.callbacks.Callback):
         self.found.append(hkr.lipschitz_bound(self.model.layers[1]))
 
 
+@pytest.mark.many
 @pytest.mark.parametrize(
     "layer",
     [(hkr.layers.LipschitzDense, 8), (hkr.layers.LipschitzConv1D, 4, 3, 3)],
@@ -547,6 +550,7 @@ def averaging(frequency=None):
     return keras.optimizers.Adam(1e-1, use_ema=True, ema_momentum=0.8, ema_overwrite_frequency=frequency)
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("build", [our_model, plain_model])
 @pytest.mark.parametrize("frequency", [None, 2])
 def test_averaged_weights_are_repaired_at_the_end(build, frequency):

@@ -101,6 +101,7 @@ def test_nearest_adversarial_of_a_linear_score_is_at_the_distance_of_the_certifi
     np.testing.assert_allclose(np.linalg.norm(found - x, axis=1), certificate.radius, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.once
 @pytest.mark.slow
 def test_two_moons():
     """The step of length |f| takes a trained score near the boundary, and no adversarial example is inside a radius.

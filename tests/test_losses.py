@@ -235,6 +235,7 @@ def test_one_class_in_the_batch(cls, label):
     assert np.abs(slopes).max() > 0
 
 
+@pytest.mark.many
 @each_loss
 def test_one_sample(cls):
     y, f = (part[:1] for part in sample(cls))
@@ -259,6 +260,7 @@ def test_two_logits(cls):
 # ---- sample weights ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.many
 @each_loss
 def test_sample_weights_count_samples(cls):
     y, f = sample(cls)
@@ -443,6 +445,7 @@ def test_labels_that_are_no_classes_are_refused_or_nan(cls):
             make(cls)(labels, f)
 
 
+@pytest.mark.many
 @pytest.mark.skipif(
     keras.backend.backend() == "torch", reason="PyTorch computes step by step, where labels can be seen"
 )

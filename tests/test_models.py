@@ -17,6 +17,7 @@ SMALL = {
 }
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("name", SMALL)
 def test_every_output_is_one_lipschitz_before_and_after_training(name):
     model, x, y = SMALL[name](), normal((32, 8, 8, 1)), np.arange(32) % 3

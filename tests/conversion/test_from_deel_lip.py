@@ -174,6 +174,7 @@ def with_biases(model):
 IMAGE = (4, 4, 8)
 
 
+@pytest.mark.many
 @pytest.mark.parametrize(
     ("layer", "expected", "shape"),
     [
@@ -315,6 +316,7 @@ def digits():
     return (x / 16).astype("float32"), y
 
 
+@pytest.mark.once
 def test_accuracy_is_kept_on_digits():
     x, y = digits()
     ours = keras.Sequential([keras.Input((64,)), L.LipschitzDense(64), L.GroupSort(2), L.LipschitzDense(10)])

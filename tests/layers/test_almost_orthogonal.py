@@ -165,6 +165,7 @@ def test_signatures_are_those_of_keras():
     assert inspect.signature(L.AOLConv2D) == inspect.signature(keras.layers.Conv2D)
 
 
+@pytest.mark.once
 def test_fit_save_and_certify(tmp_path):
     model = keras.Sequential(
         [

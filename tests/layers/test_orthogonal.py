@@ -211,6 +211,7 @@ def make_model(**first):
 X, Y = normal((32, 6, 6, 4)), np.arange(32) % 2
 
 
+@pytest.mark.once
 def test_fit_save_and_certify(tmp_path):
     model = make_model(kernel_regularizer="l2")
     convolution = model.layers[0]

@@ -73,6 +73,7 @@ def test_the_bound_reads_weights_and_activation():
     assert hkr.lipschitz_bound(built(activation="selu")) > 1.7
 
 
+@pytest.mark.once
 def test_fit_save_and_certify(tmp_path):
     model = keras.Sequential(
         [

@@ -116,6 +116,7 @@ def test_the_gradient_is_that_of_the_formula():
     np.testing.assert_allclose(gradient(score, vectors), expected, atol=1e-3 * np.abs(expected).max())
 
 
+@pytest.mark.once
 def test_fit_save_certify_and_convert(tmp_path):
     keras.utils.set_random_seed(0)
     model = keras.Sequential(
