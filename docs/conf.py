@@ -79,7 +79,7 @@ copybutton_prompt_is_regexp = True
 
 # ---- notebooks, and a picture of each for the gallery ----------------------------------------------------
 
-PICTURES = {"01": 3, "02": 1, "03": 0, "04": 2, "05": 1, "06": 0, "07": 0, "08": 0}  # which output of a notebook
+PICTURES = {"01": 4, "02": 1, "03": 0, "04": 2, "05": 1, "06": 0, "07": 0, "08": 0}  # which output of a notebook
 
 
 def bring_notebooks() -> None:
