@@ -130,7 +130,7 @@ def network(options, shape, classes: int) -> keras.Sequential:
 
     Numbers are orthogonal 3 x 3 convolutions, behind `F` dense layers, each with GroupSort(2); `P` is invertible
     down-sampling, `A` a mean over 2 x 2 pixels in an orthonormal basis, `F` flattens; `D64` is a dense layer over
-    channels, `S64` one behind a shift.
+    channels, `S64` one behind a shift, `R64` a reflector.
     """
     head, outputs = HEADS[options.head](), 1 if options.loss == "binary_hkr" else classes
     if not options.layers and options.model in ("cnn", "resnet"):
@@ -146,11 +146,16 @@ def network(options, shape, classes: int) -> keras.Sequential:
             model.add(keras.layers.Flatten())
             flat = True
         else:
-            size, dense = int(name.lstrip("DS")), flat or name[0] in "DS"
+            size, dense = int(name.lstrip("DRS")), flat or name[0] in "DS"
             if name[0] == "S":
                 model.add(hkr.layers.SpatialShift2D())
-            convolution = hkr.layers.OrthogonalConv2D
-            model.add(hkr.layers.LipschitzDense(size) if dense else convolution(size, 3, padding="same"))
+            turns = {"kernel_constraint": hkr.constraints.Orthonormal(every=options.every)}
+            if name[0] == "R":
+                model.add(hkr.layers.ReflectorDense(size))
+            elif dense:
+                model.add(hkr.layers.LipschitzDense(size, **turns))
+            else:
+                model.add(hkr.layers.OrthogonalConv2D(size, 3, padding="same", **turns))
             model.add(hkr.layers.GroupSort(2))
     model.add(hkr.layers.LipschitzDense(outputs, kernel_constraint=head))
     return model
@@ -281,8 +286,10 @@ def trained(options, data: hkr.datasets.Dataset) -> tuple[keras.Model, dict[str,
         rate = keras.optimizers.schedules.CosineDecay(
             rate / 20, steps, warmup_target=rate, warmup_steps=max(1, steps // 20)
         )
-    average = {"use_ema": True, "ema_momentum": options.average} if options.average else {}
-    trainer.compile(OPTIMIZERS[options.optimizer](rate, **average), loss=LOSSES[options.loss](options))
+    settings = {"use_ema": True, "ema_momentum": options.average} if options.average else {}
+    if options.optimizer == "stiefel_muon":
+        settings["block"] = options.block
+    trainer.compile(OPTIMIZERS[options.optimizer](rate, **settings), loss=LOSSES[options.loss](options))
     print(f"{len(y_train)} training inputs, {model.count_params():,} parameters", flush=True)
     start, start_cpu = time.perf_counter(), time.process_time()
     history = trainer.fit(
@@ -415,6 +422,8 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--average", type=float, default=0.0, help="momentum of a moving average of the weights, 0 for none"
     )
+    parser.add_argument("--block", type=int, default=128, help="of StiefelMuon")
+    parser.add_argument("--every", type=int, default=1, help="steps from projection to projection")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--flip", action=argparse.BooleanOptionalAction, default=False, help="mirror images by chance")
     parser.add_argument("--shift", type=int, default=0, help="move images by up to this many pixels")

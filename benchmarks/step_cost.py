@@ -7,10 +7,10 @@ Each round trains one epoch of every network in turn (interleaved, so that a cha
 all of them); the figure is the minimum over rounds. Both nets have the same shapes and loss, and the plain one Adam.
 `cnn_relu` has plain convolutions on both sides, and GroupSort(2) in place of ReLU on one.
 
-`--every N` projects after every N steps, by `DeferredOrthonormal` and `Orthonormalize(every=N)`; polishing at the end
-of an epoch is not in the figure. On an accelerator an epoch of 3,840 inputs is short: `--samples 76800`. JAX compiles
-again in the second epoch, so that one round tells nothing there. `--optimizer stiefel_muon` is that of the Lipschitz
-network.
+`--every N` projects in one step of N, by `Orthonormal(every=N)`, or with `--deferred` by `DeferredOrthonormal` and
+`Orthonormalize(every=N)`; polishing at the end of an epoch is not in the figure. On an accelerator an epoch of 3,840
+inputs is short: `--samples 76800`. JAX compiles again in the second epoch, so that one round tells nothing there.
+`--optimizer stiefel_muon` is that of the Lipschitz network.
 """
 
 import time
@@ -98,9 +98,10 @@ def cnn_relu(lipschitz: bool, constraint=None) -> keras.Model:
 NETWORKS = {function.__name__: function for function in (mlp, reflector, all_reflectors, cnn, cnn_orthogonal, cnn_relu)}
 
 
-def build(name: str, lipschitz: bool, every: int = 1) -> keras.Model:
-    """A network, whose kernels are projected in every step or wait for the callback."""
-    return NETWORKS[name](lipschitz, hkr.constraints.DeferredOrthonormal() if every > 1 else None)
+def build(name: str, lipschitz: bool, every: int = 1, deferred: bool = False) -> keras.Model:
+    """A network, whose kernels are projected in one step of `every`, or wait for the callback."""
+    constraint = hkr.constraints.DeferredOrthonormal() if deferred else hkr.constraints.Orthonormal(every=every)
+    return NETWORKS[name](lipschitz, constraint)
 
 
 class SecondEpoch(keras.callbacks.Callback):
@@ -122,9 +123,10 @@ def measure(
     jit: str = "auto",
     every: int = 1,
     samples: int = 3840,
+    deferred: bool = False,
 ) -> dict[str, float]:
     """Milliseconds per step, the minimum over interleaved rounds."""
-    models = {"plain": build(name, False), "lipschitz": build(name, True, every)}
+    models = {"plain": build(name, False), "lipschitz": build(name, True, every, deferred)}
     steps = -(-max(8, samples // batch) // every) * every  # as many projections in every epoch
     rng = np.random.default_rng(0)
     x = rng.normal(size=(steps * batch, *models["plain"].input_shape[1:])).astype("float32")
@@ -137,7 +139,7 @@ def measure(
         model.compile(optimizers[kind], loss=loss, jit_compile=JIT[jit])
         callbacks = [seconds]
         if kind == "lipschitz" and every > 1 and name not in ("cnn_relu", "all_reflectors"):  # whose kernels are free
-            callbacks.append(hkr.callbacks.Orthonormalize(every))
+            callbacks.append(hkr.callbacks.Orthonormalize(every if deferred else 1))
 
         def read():
             model.fit(x, y, batch_size=batch, epochs=2, shuffle=False, verbose=0, callbacks=callbacks)
@@ -174,8 +176,9 @@ def main() -> None:
     parser.add_argument("--jit", choices=JIT, default="auto", help="jit_compile of both networks")
     parser.add_argument("--every", type=int, default=1, help="steps from projection to projection")
     parser.add_argument("--samples", type=int, default=3840, help="of an epoch, which has at least 8 steps")
+    parser.add_argument("--deferred", action="store_true", help="let the callback project")
     arguments = parser.parse_args()
-    setting = {"optimizer": arguments.optimizer, "jit": arguments.jit, "every": arguments.every}
+    setting = {name: getattr(arguments, name) for name in ("optimizer", "jit", "every", "deferred")}
     rows, ratios = [], {}
     for name in arguments.only:
         for batch in arguments.batch:

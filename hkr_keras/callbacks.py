@@ -38,6 +38,7 @@ class Orthonormalize(keras.callbacks.Callback):
 
     Kernels of this package's layers carry a constraint, which the optimizer applies after each step; the callback
     projects them to full precision, and repairs what the constraint does not see (weight averaging, loaded weights).
+    Those with `Orthonormal(every=n)` are projected in one step of n while it is there.
     In a model of plain Keras layers it makes the kernels of Dense and convolution layers orthonormal by itself, with
     the same geometry, so that a plain model becomes 1-Lipschitz layer by layer. Kernels with the constraint
     `DeferredOrthonormal()` wait for the callback in the same way. Both are left alone in frozen layers.
@@ -93,6 +94,7 @@ class Orthonormalize(keras.callbacks.Callback):
         self._batches = 0
         self._waiting: list = []  # kernels that no optimizer projects, each with its constraint
         self._project_waiting: Callable | None = None
+        self._taking_turns: list[constraints.Orthonormal] = []  # constraints that project in one step of several
         self._is_training = self._has_said = self._has_warned = False
 
     def get_config(self) -> dict[str, Any]:
@@ -117,6 +119,9 @@ class Orthonormalize(keras.callbacks.Callback):
         waiting = [target for target in kernels if constraints.is_deferred(target[1])]
         self._waiting = [(kernel, constraint) for _, kernel, constraint in waiting]
         self._batches, self._project_waiting = 0, None
+        self._taking_turns = [c for *_, c in kernels if isinstance(c, constraints.Orthonormal) and c.every > 1]
+        for index, constraint in enumerate(self._taking_turns):
+            constraint.take_turns(self._optimizer().iterations, index)
         if waiting and self._period and self.model.steps_per_execution > 1:
             raise ValueError(
                 "Expected steps_per_execution=1: with more, a callback runs once for several optimizer steps. "
@@ -155,15 +160,21 @@ class Orthonormalize(keras.callbacks.Callback):
 
     def on_train_end(self, logs: Any = None) -> None:
         self._polish()
-        self._waiting, self._project_waiting, self._is_training = [], None, False  # without tensors it can be copied
+        for constraint in self._taking_turns:
+            constraint.take_turns(None)
+        # Without tensors it can be copied.
+        self._waiting, self._project_waiting, self._taking_turns, self._is_training = [], None, [], False
         for name in _READERS:
             if name in vars(self._model):
                 delattr(self._model, name)
 
-    def _uses_averages(self) -> bool:
+    def _optimizer(self) -> Any:
+        """That of the model, without a scale of the loss around it."""
         optimizer = getattr(self._model, "optimizer", None)
-        optimizer = getattr(optimizer, "inner_optimizer", optimizer)
-        return bool(getattr(optimizer, "use_ema", False))
+        return getattr(optimizer, "inner_optimizer", optimizer)
+
+    def _uses_averages(self) -> bool:
+        return bool(getattr(self._optimizer(), "use_ema", False))
 
     def _polish(self) -> None:
         constraints.project(self.model, polish=True, layers=self.layers)

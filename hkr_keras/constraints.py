@@ -8,7 +8,7 @@ import keras
 from keras import ops
 
 from hkr_keras import linalg
-from hkr_keras._backends.compiling import compiled
+from hkr_keras._backends.compiling import branch, compiled
 from hkr_keras._registration import registered
 from hkr_keras.geometry import Geometry, flattened_layers, model_kernels
 
@@ -141,14 +141,53 @@ class Orthonormal(LipschitzConstraint):
     After each optimizer step one guarded Newton-Schulz iteration moves the kernel back; the norm is at most 1
     after every step, whatever its size.
 
+    With `every=n` and the callback `Orthonormalize()`, that happens in one step of n, for steps that cost less: the
+    kernels of a model take turns, so that no step waits for all of them. In between a kernel is off the set and its
+    norm may be above 1; `lipschitz_bound` and `certify` read the stored kernel, so what they say is true at any time,
+    and the callback brings all kernels onto the set before they are validated or saved, and at the end. Without the
+    callback every step projects.
+
+    Args:
+        geometry: `Geometry` of the kernel, or its config. Users leave it out.
+        every: steps from projection to projection.
+
+    Raises:
+        ValueError: for `every` that is no integer of at least 1.
+
     Example:
 
     >>> import hkr_keras as hkr
-    >>> layer = hkr.layers.LipschitzDense(4, kernel_constraint=hkr.constraints.Orthonormal())
+    >>> layer = hkr.layers.LipschitzDense(4, kernel_constraint=hkr.constraints.Orthonormal(every=4))
 
     Reference:
         Björck and Bowie 1971; Anil et al., ICML 2019 (arXiv 1811.05381).
     """
+
+    def __init__(self, geometry: Geometry | dict | None = None, every: int = 1) -> None:
+        super().__init__(geometry)
+        if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+            raise ValueError(f"Expected an integer of at least 1. Received: every={every}")
+        self.every = every
+        self._turn: tuple[Any, int] | None = None
+
+    def take_turns(self, steps: Any = None, index: int = 0) -> None:
+        """Projects where `(steps + index) % every` is 0, from the next compilation of a step on; always for `None`.
+
+        Args:
+            steps: integer variable that counts the steps of the optimizer, its `iterations`.
+            index: of the kernel among those that take turns.
+        """
+        self._turn = None if steps is None or self.every == 1 else (steps, index)
+
+    def get_config(self) -> dict:
+        return {**super().get_config(), "every": self.every}
+
+    def __call__(self, w: Tensor) -> Tensor:
+        if self._turn is None:
+            return self.project(w)
+        steps, index = self._turn
+        kernel, is_due = ops.convert_to_tensor(w), ops.equal((ops.cast(steps, "int32") + index) % self.every, 0)
+        return branch(is_due, lambda: self.project(kernel), lambda: kernel)
 
     def _project(self, matrices: Any) -> Any:
         return linalg.newton_schulz(matrices)
@@ -179,6 +218,12 @@ class DeferredOrthonormal(Orthonormal):
     >>> bool(hkr.lipschitz_bound(model) < 1 + 1e-6)
     True
     """
+
+    def __init__(self, geometry: Geometry | dict | None = None) -> None:
+        super().__init__(geometry)
+
+    def get_config(self) -> dict:
+        return LipschitzConstraint.get_config(self)
 
     def __call__(self, w: Any) -> Any:
         return w

@@ -7,6 +7,7 @@ import numpy as np
 from keras import ops
 
 from hkr_keras import constraints, linalg
+from hkr_keras._backends.compiling import branch
 from hkr_keras._registration import registered
 from hkr_keras.geometry import Geometry
 
@@ -157,7 +158,7 @@ class StiefelMuon(keras.optimizers.Optimizer):
         kernel, direction = ops.take(kernel, order, axis=-2), ops.take(direction, order, axis=-2)
         kernel = ops.take(linalg.turned(kernel, direction, rate, int(self.block or 0)), back, axis=-2)
         due = ops.equal((ops.cast(self.iterations, "int32") + index) % _PROJECTED, 0)
-        kernel = ops.cond(due, lambda: linalg.newton_schulz(kernel), lambda: kernel)
+        kernel = branch(due, lambda: linalg.newton_schulz(kernel), lambda: kernel)
         kernel = ops.swapaxes(kernel, -1, -2) if wide else kernel
         self.assign(variable, geometry.from_matrices(kernel, variable.shape) / geometry.gain)
 

@@ -100,6 +100,15 @@ def test_training_by_the_clock_ends_in_time():
     assert result["seconds"] < 20
 
 
+def test_reflectors_and_projections_in_turns():
+    options = ["--layers=F 8 R8", "--every=2", "--optimizer=stiefel_muon", "--block=4", "--train=64"]
+    options = certified_accuracy.parsed([*OPTIONS, *options])
+    dense, reflector = certified_accuracy.network(options, (8, 8, 1), 10).layers[1::2][:2]
+    assert dense.kernel_constraint.every == 2
+    assert isinstance(reflector, hkr.layers.ReflectorDense)
+    assert certified_accuracy.run(options)["bound"] <= 1.5  # of a head of unit norms too
+
+
 def test_augmentation_moves_and_mirrors():
     keras.utils.set_random_seed(0)
     x = np.zeros((64, 5, 5, 1), "float32")
@@ -324,7 +333,7 @@ def test_layer_cost(monkeypatch, capsys, tmp_path):
 
 @pytest.mark.parametrize("name", step_cost.NETWORKS)
 def test_networks_of_the_step_cost_have_equal_sizes(name):
-    plain, ours, deferred = (step_cost.build(name, *arguments) for arguments in ((False,), (True,), (True, 4)))
+    plain, ours, deferred = (step_cost.build(name, *arguments) for arguments in ((False,), (True,), (True, 4, True)))
     assert plain.output_shape == ours.output_shape == deferred.output_shape
     kinds = [type(getattr(kernel, "constraint", None)).__name__ for kernel in deferred.trainable_variables]
     assert ("DeferredOrthonormal" in kinds) == (name not in ("cnn_relu", "all_reflectors"))
@@ -357,13 +366,14 @@ def test_step_cost_with_projections_every_few_steps(tmp_path, monkeypatch, capsy
         1,
         "--every",
         3,
+        "--deferred",
         "--optimizer",
         "stiefel_muon",
         "--samples",
         32,
     )
     run_main(step_cost, monkeypatch, *arguments, "--json", out, "--plot", image)
-    assert "optimizer stiefel_muon, jit auto, every 3" in " ".join(capsys.readouterr().out.split())
+    assert "optimizer stiefel_muon, jit auto, every 3, deferred True" in " ".join(capsys.readouterr().out.split())
     (line,) = [json.loads(line) for line in out.read_text().splitlines()]
     assert (line["every"], line["batch"]) == (3, 4)
     assert min(line["plain"], line["lipschitz"]) > 0

@@ -543,6 +543,86 @@ def test_deferred_kernels_are_stripped_as_they_are():
     np.testing.assert_allclose(ops.convert_to_numpy(plain(X)), ops.convert_to_numpy(model(X)), atol=1e-6)
 
 
+# ---- kernels that take turns --------------------------------------------------------------------------------
+
+
+def model_with_turns(every=3):
+    keras.utils.set_random_seed(1)
+    dense = hkr.layers.LipschitzDense
+    turn = [dense(8, kernel_constraint=hkr.constraints.Orthonormal(every=every)) for _ in range(2)]
+    return keras.Sequential([keras.Input((6,)), turn[0], hkr.layers.GroupSort(2), turn[1], dense(1)])
+
+
+class Turns(keras.callbacks.Callback):
+    """Notes after every batch how far both kernels are from orthonormal ones."""
+
+    def on_train_begin(self, logs=None):
+        self.found = []
+
+    def on_train_batch_end(self, batch, logs=None):
+        layers = self.model.layers[0], self.model.layers[2]
+        self.found.append([max(abs(value - 1) for value in singular_values(layer)) for layer in layers])
+
+    @property
+    def projected(self):
+        return [[value < 5e-4 for value in both] for both in zip(*self.found, strict=True)]
+
+
+ROUND_ROBIN = [[(step + index) % 3 == 0 for step in range(6)] for index in range(2)]
+
+
+@pytest.mark.parametrize(("policy", "scaled"), [("float32", True), ("mixed_bfloat16", False)])
+def test_kernels_take_turns_in_the_compiled_step(policy, scaled):
+    keras.config.set_dtype_policy(policy)
+    optimizer = keras.optimizers.Adam(1e-3)
+    optimizer = keras.optimizers.LossScaleOptimizer(optimizer, initial_scale=2.0) if scaled else optimizer
+    model, probe = compiled(model_with_turns(), optimizer), Turns()
+    fit(model, Orthonormalize(), probe, epochs=2)
+    assert probe.projected == ROUND_ROBIN
+    assert deviation(model) < EXACT
+    assert copy.deepcopy(model.layers[0].kernel_constraint).every == 3
+
+
+def test_without_the_callback_kernels_that_could_take_turns_are_projected_in_every_step():
+    model, probe = compiled(model_with_turns(), keras.optimizers.Adam(1e-3)), Turns()
+    fit(model, probe, epochs=2)
+    assert probe.projected == [[True] * 6] * 2
+
+
+@pytest.mark.skipif(BACKEND == "torch", reason="PyTorch executes one step at a time")
+def test_kernels_take_turns_within_several_steps_per_execution():
+    model, probe = compiled(model_with_turns(), keras.optimizers.Adam(1e-3), steps_per_execution=4), Turns()
+    model.fit(X, Y, batch_size=6, verbose=0, callbacks=[Orthonormalize(), probe])
+    assert probe.projected == [[True], [False]]  # after the fourth of four steps, the turn of the first one
+
+
+@pytest.mark.parametrize("rate", [1e-3, 1e-1, 10.0])
+def test_kernels_that_take_turns_end_on_the_set_at_any_rate(rate, tmp_path):
+    model, probe = compiled(model_with_turns(2), keras.optimizers.Adam(rate)), Validated()
+    callbacks = [Orthonormalize(), keras.callbacks.ModelCheckpoint(str(tmp_path / "{epoch}.keras")), probe]
+    history = model.fit(X, Y, batch_size=BATCH, epochs=3, verbose=0, validation_data=(X, Y), callbacks=callbacks)
+    assert np.isfinite(history.history["loss"]).all()
+    assert max(probe.found) < EXACT
+    for each in (model, *map(keras.models.load_model, tmp_path.glob("*.keras"))):
+        assert hkr.lipschitz_bound(each) <= 1 + 1e-6
+        assert each.layers[0].kernel.constraint.every == 2
+
+
+@pytest.mark.parametrize("frequency", [None, 2])
+def test_averages_of_kernels_that_take_turns(frequency, tmp_path):
+    model, probe = compiled(model_with_turns(), averaging(frequency)), Validated()
+    callbacks = [Orthonormalize(), keras.callbacks.SwapEMAWeights(swap_on_epoch=True), probe]
+    model.fit(X, Y, batch_size=BATCH, epochs=2, verbose=0, validation_data=(X, Y), callbacks=callbacks)
+    assert max(probe.found) < EXACT
+    assert deviation(model) < EXACT
+
+
+@pytest.mark.parametrize("every", [0, 2.0, True, None])
+def test_wrong_turns(every):
+    with pytest.raises(ValueError, match=f"Received: every={every}"):
+        hkr.constraints.Orthonormal(every=every)
+
+
 # ---- what runs behind the constraint -----------------------------------------------------------------------
 
 

@@ -139,3 +139,16 @@ def is_traced(tensor: Any) -> bool:
     import torch
 
     return torch.compiler.is_compiling() or getattr(tensor, "is_meta", False)
+
+
+def branch(condition: Any, if_true: Callable[[], Any], if_false: Callable[[], Any]) -> Any:
+    """`ops.cond`, which runs one function alone where the value is at hand: JAX would compile both anew in every call.
+
+    Example:
+
+    >>> branch(keras.ops.array(1) > 0, lambda: "positive", lambda: "not")
+    'positive'
+    """
+    if is_traced(condition):
+        return keras.ops.cond(condition, if_true, if_false)
+    return if_true() if bool(keras.ops.convert_to_numpy(condition)) else if_false()

@@ -7,6 +7,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from hkr_keras._backends.products import products_are_exact
 from hkr_keras._registration import registered
 from hkr_keras.layers.base import PlainLayers
 
@@ -40,7 +41,7 @@ def _group_sort(x: Tensor, n: int = 2, axis: int = -1) -> Tensor:
     channels = x.shape[axis]
     shape = tuple(ops.shape(x))
     if n == 2 and axis == len(x.shape) - 1:
-        width = _matrix_width(channels)
+        width = _matrix_width(x, channels)
         if width == channels:
             return _sort_pairs_by_matrix(x, width)
         if width:
@@ -71,18 +72,17 @@ def _sort_pairs_by_matrix(x: Tensor, channels: int) -> Tensor:
     return x + ops.matmul(excess, ops.convert_to_tensor(-difference.T, dtype=x.dtype))
 
 
-def _matrix_width(channels: int) -> int:
+def _matrix_width(x: Tensor, channels: int) -> int:
     """How many channels at once are sorted by products with matrices, where these are fastest; 0 where they are not.
 
     On an accelerator, such a product may run at reduced precision (TF32), so that it is no way to copy numbers.
     """
-    backend = keras.backend.backend()
-    if backend == "torch" or any(not device.startswith("cpu") for device in keras.distribution.list_devices()):
+    if not products_are_exact(x):
         return 0
     if channels <= _MATRIX_CHANNELS:
         return channels
     width = math.gcd(channels, 32)
-    return width if backend == "tensorflow" and width >= 8 else 0
+    return width if keras.backend.backend() == "tensorflow" and width >= 8 else 0
 
 
 def _householder(x: Tensor, angles: Tensor, axis: int = -1) -> Tensor:

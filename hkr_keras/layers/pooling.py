@@ -7,6 +7,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from hkr_keras._backends.norms import tiled_norm
 from hkr_keras._registration import registered
 from hkr_keras.geometry import overlap
 from hkr_keras.layers.base import PlainLayers
@@ -99,6 +100,11 @@ class _ScaledAverage(_WindowPooling):
 
 class _L2Norm(_WindowPooling):
     def call(self, inputs: Tensor) -> Tensor:
+        if self.strides == self.pool_size and self.data_format == "channels_last":
+            x = ops.cast(inputs, keras.backend.result_type(inputs.dtype, "float32"))
+            norms = tiled_norm(x, self.pool_size, _SQUARED_FLOOR)
+            if norms is not None:
+                return ops.cast(norms, inputs.dtype)
         return _l2_norm(self._mean, inputs, self.cells)
 
     def as_keras(self, new: PlainLayers, *inputs: Tensor) -> Tensor:

@@ -72,7 +72,7 @@ def assert_below(found, limit):
 def test_mirrored():
     (found,) = run("mirrored.py")
     assert_below(found["values"], ROUNDING)
-    for optimizer in ("adam", "muon"):
+    for optimizer in ("adam", "muon", "turns"):
         trained = found[optimizer]
         assert trained["start"] == trained["apart"] == 0
         assert trained["losses"] <= ROUNDING

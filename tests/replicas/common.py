@@ -34,16 +34,16 @@ CASES = {
 }
 
 
-def make_model(convolution=True, centering=False):
+def make_model(convolution=True, centering=False, every=1):
     keras.utils.set_random_seed(1)
-    layers = hkr.layers
+    layers, turns = hkr.layers, hkr.constraints.Orthonormal(every=every)
     return keras.Sequential(
         [
             keras.Input((SIZE, SIZE, 1)),
             *([layers.OrthogonalConv2D(4, 2, padding="same", name="conv"), layers.GroupSort(2)] if convolution else []),
             *([layers.BatchCentering(), layers.LipschitzBatchNormalization()] if centering else []),
             keras.layers.Flatten(),
-            layers.LipschitzDense(8, name="dense"),
+            layers.LipschitzDense(8, kernel_constraint=turns, name="dense"),
             layers.GroupSort(2),
             layers.LipschitzDense(1, kernel_constraint=hkr.constraints.UnitNorm(), name="head"),
         ]

@@ -54,10 +54,10 @@ def replicas_apart(model):
     return max(common.difference(values[0], values[1]) for values in copies)
 
 
-def train(optimizer, **arguments):
+def train(optimizer, every=1, **arguments):
     with strategy.scope():
-        model = common.compiled(common.make_model(), optimizer(), **arguments)
-    alone = common.compiled(common.make_model(), optimizer(), **arguments)
+        model = common.compiled(common.make_model(every=every), optimizer(), **arguments)
+    alone = common.compiled(common.make_model(every=every), optimizer(), **arguments)
     start = common.difference(common.weights(model), common.weights(alone))
     losses, losses_alone = common.fit(model), common.fit(alone)
     evaluated = [each.evaluate(common.X, common.Y, batch_size=common.BATCH, verbose=0) for each in (model, alone)]
@@ -101,7 +101,8 @@ with strategy.scope():
 outside = hkr.certify(model, common.X[:5], batch_size=3, verbose=0)
 reference = hkr.certify(alone, common.X[:5], batch_size=3, verbose=0)
 certificates = [common.difference(each.radius, reference.radius) for each in (inside, outside)]
-_, _, muon = train(lambda: hkr.optimizers.StiefelMuon(0.02))
+_, _, muon = train(lambda: hkr.optimizers.StiefelMuon(0.02, block=4))
+_, _, turns = train(lambda: keras.optimizers.Adam(1e-2), every=2)
 
 centred = []  # moments are those of the whole batch: gradients, moving averages and losses as on one device
 for scope in (strategy.scope(), contextlib.nullcontext()):
@@ -112,6 +113,7 @@ common.report(
     values=values,
     adam=adam,
     muon=muon,
+    turns=turns,
     certificates=certificates,
     centred=[replicas_apart(centred[0]), common.difference(*map(common.weights, centred))],
     uneven=uneven_last_batch(),
