@@ -107,13 +107,13 @@ def newton_schulz(matrices: Tensor, steps: int = 1) -> Tensor:
     wide = rows < columns
     w = w / ops.maximum(ops.max(ops.abs(w), axis=(-2, -1), keepdims=True), 1.0)  # the squares cannot overflow
     identity = ops.eye(min(rows, columns), dtype=w.dtype)
-    one = ops.ones((*w.shape[:-2], 1, 1), dtype=w.dtype)
     for _ in range(steps):
         transposed = ops.swapaxes(w, -1, -2)
         gram = ops.matmul(w, transposed) if wide else ops.matmul(transposed, w)
         residual = identity - gram
         near = 1.0 + _matrix_norm(residual)  # at least the square of the norm
-        scale = branch(ops.any(near > _NEAR), functools.partial(_scale, gram, residual, near), lambda: one)
+        scaled, kept = functools.partial(_scale, gram, residual, near), functools.partial(ops.ones_like, near)
+        scale = branch(ops.any(near > _NEAR), scaled, kept)
         residual = identity - scale * gram
         correction = ops.matmul(residual, w) if wide else ops.matmul(w, residual)
         w = ops.sqrt(scale) * (w + 0.5 * correction)
@@ -132,7 +132,7 @@ def _scale(gram: Tensor, residual: Tensor, near: Tensor) -> Tensor:
 
     proven = ops.maximum(branch(ops.any(near > 4.0), smallest, lambda: near), 4.0)
     estimate = ops.maximum(_largest_eigenvalue_estimate(gram), 1.0)
-    return ops.minimum(4.0 / proven, 1.0 / estimate)
+    return ops.where(near > _NEAR, ops.minimum(4.0 / proven, 1.0 / estimate), 1.0)  # others of a batch do not count
 
 
 def _largest_eigenvalue_estimate(gram: Tensor) -> Tensor:

@@ -580,7 +580,7 @@ def test_kernels_take_turns_in_the_compiled_step(policy, scaled):
     fit(model, Orthonormalize(), probe, epochs=2)
     assert probe.projected == ROUND_ROBIN
     assert deviation(model) < EXACT
-    assert copy.deepcopy(model.layers[0].kernel_constraint).every == 3
+    assert copy.deepcopy(model.layers[0].kernel.constraint).every == 3
 
 
 def test_without_the_callback_kernels_that_could_take_turns_are_projected_in_every_step():

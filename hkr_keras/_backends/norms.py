@@ -32,7 +32,9 @@ def tiled_norm(x: Tensor, window: Sequence[int], squared_floor: float) -> Tensor
     True
     """
     sizes = x.shape[1:-1]
-    if keras.backend.backend() != "torch" or any(n % k for n, k in zip(sizes, window, strict=True)):
+    if keras.backend.backend() != "torch" or isinstance(x, keras.KerasTensor):
+        return None
+    if any(n % k for n, k in zip(sizes, window, strict=True)):
         return None
     return _torch_function()(x, tuple(window), squared_floor)
 

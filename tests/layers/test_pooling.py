@@ -112,6 +112,25 @@ def test_l2_pooling_keeps_norms_and_has_a_finite_gradient_at_zero(make, shape):
     assert np.isfinite(gradient(layer, np.zeros((2, *shape), "float32"))).all()
 
 
+TILED = [
+    (L.L2NormPooling1D, 3, (6, 2)),
+    (L.L2NormPooling2D, (2, 3), (4, 6, 3)),
+    (L.L2NormPooling3D, 2, (2, 4, 2, 1)),
+]
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(("cls", "pool", "shape"), TILED)
+def test_norms_of_tiles_have_the_gradient_of_norms_of_windows(cls, pool, shape, monkeypatch):
+    x, layer = normal((2, *shape)), cls(pool)
+    x[0] = 0.0
+    fast = to_numpy(layer(x)), gradient(lambda a: keras.ops.square(layer(a)) + layer(a), x)
+    monkeypatch.setattr("hkr_keras.layers.pooling.tiled_norm", lambda *arguments: None)
+    slow = to_numpy(layer(x)), gradient(lambda a: keras.ops.square(layer(a)) + layer(a), x)
+    for one, other in zip(fast, slow, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-6)
+
+
 @pytest.mark.parametrize("keepdims", [False, True])
 @pytest.mark.parametrize("rank", [1, 2])
 def test_global_pooling(rank, keepdims):
