@@ -49,7 +49,8 @@ class LipschitzConstraint(keras.constraints.Constraint):
         return {"geometry": None if self.geometry is None else dataclasses.asdict(self.geometry)}
 
     def __repr__(self) -> str:
-        given = (f"{name}={value!r}" for name, value in vars(self).items() if value is not None)
+        known = {name: value for name, value in vars(self).items() if not name.startswith("_")}
+        given = (f"{name}={value!r}" for name, value in known.items() if value not in (None, 1))  # 1: of `every`
         return f"{type(self).__name__}({', '.join(given)})"
 
     def __call__(self, w: Tensor) -> Tensor:

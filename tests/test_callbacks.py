@@ -580,7 +580,9 @@ def test_kernels_take_turns_in_the_compiled_step(policy, scaled):
     fit(model, Orthonormalize(), probe, epochs=2)
     assert probe.projected == ROUND_ROBIN
     assert deviation(model) < EXACT
-    assert copy.deepcopy(model.layers[0].kernel.constraint).every == 3
+    constraint = copy.deepcopy(model.layers[0].kernel.constraint)
+    assert repr(constraint) == f"Orthonormal(geometry={constraint.geometry}, every=3)"
+    assert repr(hkr.constraints.Orthonormal()) == "Orthonormal()"
 
 
 def test_without_the_callback_kernels_that_could_take_turns_are_projected_in_every_step():
