@@ -92,7 +92,9 @@ class LipschitzConstraint(keras.constraints.Constraint):
         matrices = geometry.to_matrices(kernel)
         if geometry.gain == 1.0:
             return geometry.from_matrices(function(matrices), kernel.shape)
-        return geometry.from_matrices(function(matrices * geometry.gain), kernel.shape) / geometry.gain
+        largest = (6e4 if keras.backend.standardize_dtype(matrices.dtype) == "float16" else 3e38) / geometry.gain
+        matrices = ops.clip(matrices, -largest, largest) * geometry.gain  # finite weights stay finite
+        return geometry.from_matrices(function(matrices), kernel.shape) / geometry.gain
 
 
 @registered

@@ -44,13 +44,14 @@ def wasserstein1(x: Any, y: Any, x_weights: Any = None, y_weights: Any = None) -
     """
     try:
         import ot
+        from scipy.spatial.distance import cdist
     except ImportError as error:
         raise ImportError("Transport needs POT and SciPy: pip install 'hkr_keras[transport]'") from error
     x, y = _points(x, "x"), _points(y, "y")
     if x.shape[1] != y.shape[1]:
         raise ValueError(f"Expected points of one dimension. Received: {x.shape[1]} and {y.shape[1]} numbers a point")
     masses = _masses(x_weights, len(x), "x_weights"), _masses(y_weights, len(y), "y_weights")
-    distance, log = ot.emd2(*masses, ot.dist(x, y, metric="euclidean"), numItermax=10**8, log=True)
+    distance, log = ot.emd2(*masses, cdist(x, y), numItermax=10**8, log=True)
     if log["warning"] is not None:
         raise RuntimeError(f"The solver of POT stopped before the optimum: {log['warning']}")
     return float(distance)

@@ -232,3 +232,11 @@ def test_an_initializer_on_the_constraint_set_can_be_saved(constraint, inner, tm
     loaded = keras.models.load_model(tmp_path / "model.keras")
     assert type(loaded.layers[0].kernel_initializer).__name__ == "ConstrainedInitializer"
     assert hkr.lipschitz_bound(model) <= 3**0.5 * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("cls", STEPWISE)
+def test_finite_weights_stay_finite(cls):
+    layer = hkr.layers.LipschitzConv2D(2, 3, kernel_constraint=cls())
+    layer.build((None, 4, 4, 2))
+    projected = to_numpy(layer.kernel.constraint(np.full(layer.kernel.shape, 3.4e38, "float32")))
+    assert np.isfinite(projected).all()

@@ -165,3 +165,9 @@ def test_a_network_estimates_the_distance_of_digits_from_below():
 def test_errors(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_distances_are_exact_far_from_the_origin():
+    x, y = np.array([[0.0, 0.0], [0.0, 0.25]]) + 2.0**26, np.array([[1.0, 0.0], [1.0, 0.25]]) + 2.0**26
+    assert wasserstein1(x, y) == pytest.approx(1.0, rel=1e-12)
+    assert wasserstein1(x, x) == 0.0

@@ -351,8 +351,8 @@ def lipschitz_bound(model: Any, method: str = "product") -> float:
     """A proven upper bound on the Lipschitz constant of a model or layer, from L2 norm to L2 norm.
 
     Computed in float64 on the host from the stored weights, whatever constraint they carry: at inference, in
-    exact arithmetic, `|f(x) - f(z)| <= bound * |x - z|`. Kernels count as they are stored, before a half-precision
-    policy casts them. Several inputs count as one long vector, and so do
+    exact arithmetic, `|f(x) - f(z)| <= bound * |x - z|`. Kernels count as the layer
+    computes with them: cast, where a policy says so. Several inputs count as one long vector, and so do
     several outputs. The bound of a convolution by itself holds for images of every size.
 
     Args:

@@ -94,6 +94,7 @@ def check_is_itself(layer: Any, known: type | None) -> None:
                 f"Expected {known.__name__} to compute what Keras or this package defines. "
                 f"Received: a class whose {patched[0]} was replaced"
             )
+    _check_no_mask_of_its_own(layer)
     check_no_hooks(layer)
     policy = getattr(layer, "dtype_policy", None)
     if policy is not None and not type(policy).__module__.startswith("keras."):
@@ -102,6 +103,16 @@ def check_is_itself(layer: Any, known: type | None) -> None:
         raise ValueError(
             "Expected a layer that computes in floating point: rounding to integers has no Lipschitz constant. "
             f"Received: {layer.name}.compute_dtype={layer.compute_dtype}"
+        )
+
+
+def _check_no_mask_of_its_own(layer: Any) -> None:
+    """Refuses a layer that may make a mask out of its input, which the layers behind it would read."""
+    makes = "compute_mask" in vars(layer) or not _is_ours(getattr(type(layer), "compute_mask", None))
+    if makes or any(not _is_ours(getattr(type(each), "compute_mask", None)) for each in flattened_layers(layer)):
+        raise ValueError(
+            "Expected layers that make no masks, since a mask jumps and is read by layers far behind. "
+            f"Received: {type(layer).__name__} '{layer.name}' with a compute_mask of its own"
         )
 
 

@@ -80,10 +80,15 @@ class Affine:
 
 @dataclasses.dataclass(frozen=True)
 class Rounding:
-    """Error bound of one layer: `at_centre`, `(n,)`, plus `slope` per unit of L2 distance of its computed input."""
+    """Error bound of one layer: `at_centre`, `(n,)`, plus `slope` per unit of L2 distance of its computed input.
+
+    `composed` is the norm of what the kernel that is deployed may differ by from the one that is known here: that much
+    of the input, wherever it is, comes on top; but not where the layer is evaluated here.
+    """
 
     at_centre: Any
     slope: Any
+    composed: float = 0.0
 
 
 #: From the computed input (or list of inputs) and output of a layer, float32 arrays, to its error bound.

@@ -14,7 +14,7 @@ import numpy as np
 from hkr_keras.certification.floating_point import MACHINE_EPSILON, SMALLEST_NORMAL_64
 from hkr_keras.certification.singular_values import blocks_bound, matrix_spectrum
 
-__all__ = ["Convolution", "Diagonal", "Matrix", "Operator"]
+__all__ = ["Convolution", "Diagonal", "Matrix", "Operator", "as_stored"]
 
 _UP = 1 + 8 * MACHINE_EPSILON
 
@@ -103,6 +103,7 @@ class Matrix:
         matrix: `(features, outputs)` float64.
         error: bound on the norm of what is wrong with it, when it is a product.
         relative: bound on the relative error of what its rows were multiplied by.
+        limit: another upper bound on the norm.
 
     Example:
 
@@ -113,6 +114,7 @@ class Matrix:
     matrix: np.ndarray
     error: float = 0.0
     relative: float = 0.0
+    limit: float = math.inf
 
     @property
     def total_error(self) -> float:
@@ -122,9 +124,8 @@ class Matrix:
     @property
     def bound(self) -> float:
         """Upper bound on the norm."""
-        return (
-            (_finite(self.matrix, lambda: matrix_spectrum(self.matrix).bound) + self.error) * (1 + self.relative) * _UP
-        )
+        found = _finite(self.matrix, lambda: matrix_spectrum(self.matrix).bound)
+        return min((found + self.error) * (1 + self.relative) * _UP, self.limit)
 
     def after(self, first: "Operator") -> "Operator | None":
         """The operator that computes `first` and then this one."""
@@ -209,3 +210,19 @@ def _finite(array: np.ndarray, bound: Callable[[], float]) -> float:
 
 
 Operator = Diagonal | Matrix | Convolution
+
+
+def as_stored(numbers: Any, dtype: str) -> Diagonal:
+    """Numbers that a layer multiplies by, and how far those are that it computes with: it rounds them to its type."""
+    exact = np.asarray(numbers, dtype=np.float64)
+    if not np.isfinite(exact).all():
+        raise ValueError(f"Expected finite numbers to multiply by. Received: {numbers}")
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore", under="ignore"):
+        single = exact.astype(np.float32).astype(np.float64)
+        relative = np.where(exact == 0, 0.0, np.abs(single - exact) / np.abs(exact))
+    half = {"float16": 2.0**-10, "bfloat16": 2.0**-7}.get(dtype, 0.0)  # of numbers that are normal there
+    if half and ((exact != 0) & (np.abs(exact) < 2.0**-14)).any():
+        raise ValueError(f"Expected numbers that are normal in {dtype}. Received: {numbers}")
+    if dtype == "float16" and (np.abs(exact) > 65504.0).any():
+        raise ValueError(f"Expected numbers of at most 65504, the largest of float16. Received: {numbers}")
+    return Diagonal(exact, float(relative.max(initial=0.0)) + half)

@@ -193,6 +193,7 @@ def _output(place: Application, traces: list[Trace], known: _Known) -> tuple[Tra
     added = Affine(rounding.at_centre, 0.0)
     for slope, single in zip(slopes, singles, strict=True):
         added = added + single.spread().times(slope)
+        added = added + (Affine(norms(single.value), 0.0) + single.spread()).times(rounding.composed)
     constant, grows = (
         _carried(layer, [np.broadcast_to(part, len(value)) for part in parts], known.bound)
         for parts in ([trace.error.constant for trace in traces], [trace.error.slope for trace in traces])

@@ -20,6 +20,7 @@ from hkr_keras.geometry import Geometry, kernel_geometries, overlap
 __all__ = [
     "Spectrum",
     "absolute_bound",
+    "as_computed",
     "as_float64",
     "blocks_bound",
     "convolution_bound",
@@ -73,6 +74,27 @@ def as_float64(variable: Any) -> np.ndarray:
             f"{np.sum(~np.isfinite(array))} NaN or infinite entries"
         )
     return array
+
+
+def as_computed(layer: Any, name: str) -> np.ndarray:
+    """A weight as a layer computes with it, float64 on the host: half-precision policies cast it first.
+
+    Raises:
+        ValueError: as `as_float64`, also where a weight is not finite once it is cast.
+
+    Example:
+
+    >>> layer = keras.layers.Dense(1, kernel_initializer=keras.initializers.Constant(0.1), dtype="mixed_bfloat16")
+    >>> layer.build((None, 1))
+    >>> as_computed(layer, "kernel").item()
+    0.10009765625
+    """
+    weight = getattr(layer, name)
+    array = as_float64(weight)
+    dtype = str(layer.compute_dtype)
+    if dtype in ("float32", "float64") or str(weight.dtype).endswith(dtype):
+        return array
+    return as_float64(ops.cast(ops.convert_to_tensor(weight), dtype))
 
 
 # ---- matrices -------------------------------------------------------------------------------------------
@@ -462,7 +484,7 @@ def _steps(layer: Any, blocks: np.ndarray) -> tuple[tuple[int, ...], tuple[int, 
 
 def kernel_blocks(layer: Any, name: str) -> np.ndarray:
     """A kernel of a layer, float64 `(*window, blocks, inputs, outputs)`; a transposed one as that of its adjoint."""
-    return _blocks(as_float64(getattr(layer, name)), kernel_geometries(layer)[name])
+    return _blocks(as_computed(layer, name), kernel_geometries(layer)[name])
 
 
 def _kernel_spectrum(layer: Any, name: str, with_smallest: bool) -> Spectrum:
@@ -575,7 +597,7 @@ def is_cheap(window: Sequence[int], channels: Sequence[int], strides: Sequence[i
 
 def absolute_bound(layer: keras.layers.Layer, name: str) -> float:
     """Upper bound on the norm of the operator whose kernel is the absolute value of a kernel of the layer."""
-    blocks = np.abs(_blocks(as_float64(getattr(layer, name)), kernel_geometries(layer)[name]))
+    blocks = np.abs(_blocks(as_computed(layer, name), kernel_geometries(layer)[name]))
     window = blocks.shape[:-3]
     if math.prod(window) == 1:
         return nonnegative_norm_bound(blocks)

@@ -181,7 +181,8 @@ def _ends(model: keras.Model) -> tuple[set[Any], set[Any]]:
         if is_model(layer):
             visit(layer.outputs[index])
         elif type(layer) is _k.Dense:
-            heads.add(layer)
+            if all(used in last for used in consumers_of(layer)):  # other layers may read it
+                heads.add(layer)
         elif isinstance(layer, _PASSING) or _makes_probabilities(layer):
             if all(used in last for used in consumers_of(layer)):  # not before weights as well
                 last.add(layer)

@@ -236,7 +236,7 @@ def _allowance(model: keras.Model) -> float:
         width = max([width, *(min(math.prod(kernel.shape[:-1]), kernel.shape[-1]) for kernel in kernels)])
         if isinstance(layer, (layers.SLLDense, layers.SLLConv2D)) or (layer.weights and not kernels):
             errors += 64  # numbers that are computed from several weights
-        elif not kernels and not isinstance(layer, _WITHOUT_NUMBERS):
+        elif not kernels and (not isinstance(layer, _WITHOUT_NUMBERS) or bounds.constant_of(layer, place.shapes) > 1.5):
             errors += 4
         for value in (getattr(layer, "k", None), getattr(layer, "scale", None)):
             if isinstance(value, (int, float)) and value and not 2.0**-100 <= abs(value) <= 2.0**100:

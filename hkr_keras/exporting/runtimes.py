@@ -3,7 +3,7 @@
 import dataclasses
 import pathlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -72,9 +72,7 @@ def export(
         )
     probes = _probes(model)
     checked = certify(model, probes[0] if len(probes) == 1 else probes, verbose=0)  # refuses what has no certificate
-    wrong = [tensor.dtype for tensor in model.inputs if tensor.dtype != "float32"]
-    if wrong:
-        raise ValueError(f"Expected float32 inputs. Received: model '{model.name}' with inputs of {', '.join(wrong)}")
+    _check_fed(model)
     distances, bound = constants(model, checked.classes)
     certificate = ExportedCertificate(
         distances=distances,
@@ -106,6 +104,26 @@ def export(
     certificate = dataclasses.replace(certificate, sha256=file_hash(path))
     certificate_path(path).write_text(certificate.to_json())
     return certificate
+
+
+def _check_fed(model: keras.Model) -> None:
+    """Refuses inputs that a file cannot be given, or does not look at: some formats then have no such input."""
+    wrong = [tensor.dtype for tensor in model.inputs if tensor.dtype != "float32"]
+    if wrong:
+        raise ValueError(f"Expected float32 inputs. Received: model '{model.name}' with inputs of {', '.join(wrong)}")
+    if len(model.inputs) > 1 and not isinstance(model.input, (list, tuple)):
+        raise ValueError(
+            "Expected a model that takes its inputs as a list, in order, as files do: "
+            "keras.Model(list(model.inputs), model.output). "
+            f"Received: model '{model.name}' with inputs in a {type(model.input).__name__}"
+        )
+    (state,) = bounds.model_states(model)
+    idle = [tensor.name for tensor, constant in zip(model.inputs, state.constants, strict=True) if constant == 0]
+    if idle:
+        raise ValueError(
+            "Expected inputs that all change the output: leave the others out of the model. "
+            f"Received: model '{model.name}', whose output does not depend on {', '.join(idle)}"
+        )
 
 
 def _format(path: pathlib.Path, format: str | None) -> str:
@@ -172,7 +190,8 @@ class ExportedModel:
         self.path = pathlib.Path(path)
         self.certificate = certificate
         try:
-            self._run = _RUNTIMES[str(certificate.format)](self.path)
+            names = [str(each.get("name")) for each in certificate.inputs]
+            self._run = _RUNTIMES[str(certificate.format)](self.path, names)
         except ImportError as error:
             raise ImportError(f"Running {certificate.format} files needs more packages: {_EXTRA}. {error}") from error
 
@@ -254,37 +273,43 @@ def load(path: Any) -> ExportedModel:
 _Run = Callable[[list[np.ndarray]], Any]
 
 
-def _onnx(path: pathlib.Path) -> _Run:
+def _in_order(given: Sequence[str], names: Sequence[str], path: pathlib.Path) -> list[int]:
+    """The position among the inputs of the model of every input of a file, which may have an order of its own."""
+    if len(given) == len(names) == 1:
+        return [0]
+    if sorted(given) != sorted(names):
+        raise ValueError(
+            f"Expected a file whose inputs have the names that the model gives them, {', '.join(names)}. "
+            f"Received: {', '.join(given)}, path={path}"
+        )
+    return [list(names).index(name) for name in given]
+
+
+def _onnx(path: pathlib.Path, names: Sequence[str]) -> _Run:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path))
-    names = [each.name for each in session.get_inputs()]
-    return lambda arrays: session.run(None, dict(zip(names, arrays, strict=True)))[0]
+    given = [each.name for each in session.get_inputs()]
+    order = _in_order(given, names, path)
+    return lambda arrays: session.run(None, {name: arrays[i] for name, i in zip(given, order, strict=True)})[0]
 
 
-def _litert(path: pathlib.Path) -> _Run:
+def _litert(path: pathlib.Path, names: Sequence[str]) -> _Run:
     from ai_edge_litert.interpreter import Interpreter
 
     interpreter = Interpreter(model_path=str(path))
-
-    def run(arrays: list[np.ndarray]) -> Any:
-        details = interpreter.get_input_details()
-        for detail, array in zip(details, arrays, strict=True):
-            interpreter.resize_tensor_input(detail["index"], array.shape)
-        interpreter.allocate_tensors()
-        for detail, array in zip(details, arrays, strict=True):
-            interpreter.set_tensor(detail["index"], array)
-        interpreter.invoke()
-        return interpreter.get_tensor(interpreter.get_output_details()[0]["index"])
-
-    return run
+    run = interpreter.get_signature_runner()
+    given = list(run.get_input_details())
+    order = _in_order(given, names, path)
+    (output,) = run.get_output_details()
+    return lambda arrays: run(**{name: arrays[i] for name, i in zip(given, order, strict=True)})[output]
 
 
-def _saved_model(path: pathlib.Path) -> _Run:
+def _saved_model(path: pathlib.Path, names: Sequence[str]) -> _Run:
     import tensorflow  # the runtime of such files, whatever the backend
 
     module = tensorflow.saved_model.load(str(path))
-    return lambda arrays: module.serve(*arrays).numpy()
+    return lambda arrays: module.serve(arrays if len(arrays) > 1 else arrays[0]).numpy()
 
 
 _RUNTIMES = {"onnx": _onnx, "litert": _litert, "tf_saved_model": _saved_model}

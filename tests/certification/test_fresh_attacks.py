@@ -4,7 +4,7 @@ import cases
 import keras
 import numpy as np
 import pytest
-from helpers import explicit_operator, largest_singular_value
+from helpers import explicit_operator, largest_singular_value, to_numpy
 
 import hkr_keras as hkr
 from hkr_keras import bounds
@@ -161,3 +161,151 @@ def test_edited_poolings_and_unfinished_normalizations_are_refused():
     normalization.mean = normalization.mean + 1.0  # as after set_weights without finalize_state
     with pytest.raises(ValueError, match="finalize_state"):
         hkr.lipschitz_bound(model)
+
+
+@pytest.mark.parametrize("variance", [-np.nextafter(np.float32(1e-5), np.float32(0)), np.float32(1e-5)])
+def test_epsilon_is_that_of_float32(variance):
+    layer = K.BatchNormalization(epsilon=1e-5, scale=False, center=False)
+    model = keras.Sequential([keras.Input((1,)), layer])
+    model.set_weights([np.zeros(1), np.array([variance])])
+    exact = 1 / (float(variance) + float(np.float32(1e-5))) ** 0.5
+    assert exact <= hkr.lipschitz_bound(model) <= (1 + max(1e-6, exact * 1e-6)) * exact
+
+
+@pytest.mark.parametrize("epsilon", [1e-46, 3e-45])
+def test_an_epsilon_that_float32_takes_for_zero_is_refused(epsilon):
+    layer = K.BatchNormalization(epsilon=epsilon, moving_variance_initializer="zeros")
+    with pytest.raises(ValueError, match="variances above 0 with epsilon in float32"):
+        hkr.lipschitz_bound(keras.Sequential([keras.Input((1,)), layer]))
+
+
+@pytest.mark.parametrize("name", ["mean", "variance"])
+def test_a_normalization_computes_with_what_its_file_holds(name):
+    adapted = K.Normalization()
+    adapted.adapt(np.array([[0.0, 1.0], [2.0, 1.5]], "float32"))
+    for layer in (adapted, K.Normalization(mean=[0.0, 1.0], variance=[1.0, 2.0]), K.Normalization(None, 0.5, 2.0)):
+        model = keras.Sequential([keras.Input((2,)), layer])
+        assert hkr.lipschitz_bound(model) > 0
+        setattr(layer, name, getattr(layer, name) * 0.5 + 1e-3)
+        with pytest.raises(ValueError, match=f"another {name} than its weights"):
+            hkr.lipschitz_bound(model)
+
+
+class Marks(K.Layer):
+    """The identity, and a mask of what is not 0."""
+
+    supports_masking = True
+
+    def call(self, inputs):
+        return inputs
+
+    def compute_mask(self, inputs, previous_mask=None):
+        return keras.ops.any(keras.ops.not_equal(inputs, 0.0), axis=-1)
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        Marks,
+        lambda: keras.Sequential([keras.Input((4, 2)), Marks()]),
+        lambda: K.Activation(Marks()),
+        lambda: K.Dense(2, activation=Marks()),
+    ],
+)
+def test_masks_that_a_layer_makes_are_refused(first):
+    bounds.layer_bound.register(Marks, lambda layer: 1.0)
+    model = keras.Sequential([keras.Input((4, 2)), first(), K.GlobalAveragePooling1D()])
+    with pytest.raises(ValueError, match=r"make no masks|operation="):
+        hkr.lipschitz_bound(model)
+
+
+def test_masks_that_an_edited_layer_makes_are_refused():
+    layer = K.ReLU()
+    model = keras.Sequential([keras.Input((4, 2)), layer])
+    layer.compute_mask = lambda inputs, previous_mask=None: inputs > 0
+    with pytest.raises(ValueError, match=r"make no masks|overrides compute_mask"):
+        hkr.lipschitz_bound(model)
+
+
+@pytest.mark.parametrize("dtype", ["mixed_bfloat16", "mixed_float16"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda dtype: K.Dense(1, use_bias=False, kernel_initializer=keras.initializers.Constant(0.1003), dtype=dtype),
+        lambda dtype: K.PReLU(alpha_initializer=keras.initializers.Constant(1.0037), dtype=dtype),
+        lambda dtype: K.Normalization(mean=0.0, variance=0.01029, axis=None, dtype=dtype),
+    ],
+    ids=["Dense", "PReLU", "Normalization"],
+)
+def test_weights_count_as_they_are_cast(make, dtype):
+    """A power of two as input, so that the output is what one input is multiplied by."""
+    layer = make(dtype)
+    model = keras.Sequential([keras.Input((1,)), layer])
+    found = abs(to_numpy(model(np.full((1, 1), -1.0, "float32"))).item())
+    assert found <= hkr.lipschitz_bound(model) <= found * (1 + 2.0**-4)
+
+
+def test_kernels_of_every_kind_count_as_they_are_cast():
+    for layer, shape in (
+        (K.Conv1D(1, 1, use_bias=False), (1, 1)),
+        (K.DepthwiseConv1D(1, use_bias=False), (1, 1)),
+        (K.SeparableConv1D(1, 1, use_bias=False), (1, 1)),
+        (L.AOLDense(1, use_bias=False), (1,)),
+    ):
+        config = {**layer.get_config(), "dtype": "mixed_bfloat16"}
+        model = keras.Sequential([keras.Input(shape), type(layer).from_config(config)])
+        for weight in model.weights:
+            weight.assign(np.full(weight.shape, 1.0037 if weight.name != "unscaled" else 1.0))
+        found = abs(to_numpy(model(np.ones((1, *shape), "float32"))).item())
+        assert found <= hkr.lipschitz_bound(model) <= found * 1.01
+
+
+@pytest.mark.parametrize("make", [lambda s: K.LeakyReLU(negative_slope=s), lambda s: K.ReLU(negative_slope=s)])
+def test_slopes_are_those_of_float32(make):
+    slope = 1 + 2.0**-24 + 2.0**-40
+    model = keras.Sequential([keras.Input((1,)), *(make(slope) for _ in range(20))])
+    assert -to_numpy(model(np.array([[-1.0]], "float32"))).item() <= hkr.lipschitz_bound(model) < 1 + 1e-5
+    distances, _ = hkr.exporting.certificate.constants(keras.Sequential([keras.Input((1,)), make(1.1)]), 1)
+    assert float(np.float32(1.1)) <= distances.item()
+
+
+def test_numbers_in_half_precision():
+    x = np.ones((1, 7, 1), "float32")
+    for layer in (
+        K.LeakyReLU(negative_slope=3.01, dtype="bfloat16"),
+        K.Normalization(mean=[0.0], variance=[0.011], dtype="float16"),
+    ):
+        found = np.abs(to_numpy(layer(-x))).max()
+        assert found <= hkr.lipschitz_bound(keras.Sequential([keras.Input((7, 1)), layer])) <= 1.1 * found
+    layer = L.ScaledGlobalAveragePooling1D(dtype="bfloat16")
+    found = to_numpy(layer(x)).item() / 7**0.5
+    assert found * (1 - 2.0**-8) <= hkr.lipschitz_bound(keras.Sequential([keras.Input((7, 1)), layer]))
+    with pytest.raises(ValueError, match="largest of float16"):
+        hkr.lipschitz_bound(keras.Sequential([keras.Input((1,)), L.Scale(70000.0, dtype="float16")]))
+
+
+def test_a_softmax_that_others_read_stays():
+    x = keras.Input((2,))
+    y = K.Dense(3, "softmax", name="p")(x)
+    new = hkr.to_lipschitz(keras.Model(x, [y, K.Dense(2, name="q")(y)]))
+    assert new.get_layer("p").activation is keras.activations.softmax
+    assert new.get_layer("q").kernel.shape == (3, 2)
+    assert hkr.lipschitz_bound(new.get_layer("p")) <= 1.0
+
+
+def test_labels_of_another_order_are_refused():
+    class Data(keras.utils.PyDataset):
+        def __len__(self):
+            return 1
+
+        def __getitem__(self, index):
+            return np.array([[1.0, 0.0], [0.0, 1.0]], "float32"), np.array([0, 1])
+
+    model = keras.Sequential([keras.Input((2,)), L.LipschitzDense(2, kernel_initializer="identity")])
+    callback = hkr.callbacks.CertifiedEvaluation(Data(), np.array([1, 0]), [0.1])
+    callback.set_model(model)
+    with pytest.raises(ValueError, match="labels that come with the data"):
+        callback.on_epoch_end(0, {})

@@ -270,7 +270,7 @@ REFUSED = {
     "negative variance": (negative_variance, "variances of at least 0"),
     "no epsilon": (
         lambda: two_class(K.BatchNormalization(epsilon=2e-45, moving_variance_initializer="zeros")),
-        "1e-30|finite outputs",  # TensorFlow and JAX divide by 0 there
+        "variances above 0 with epsilon in float32",
     ),
     "tanh": (softened, "activation=tanh"),
     "layer": (lambda: two_class(K.Softmax()), "Softmax"),

@@ -227,3 +227,54 @@ def test_a_file_that_computes_something_else_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="outputs are those of the model"):
         hkr.export(hkr.models.lipschitz_mlp((4,), 3, widths=(8,)), path)
     assert not exporting.certificate.certificate_path(path).exists()
+
+
+def of_inputs(names, used=None, mapping=False):
+    inputs = {name: keras.Input((index + 2,), name=name) for index, name in enumerate(names)}
+    hidden = keras.layers.Concatenate()([inputs[name] for name in used or names])
+    inputs = inputs if mapping else list(inputs.values())
+    return keras.Model(inputs, keras.layers.Dense(2)(L.Scale(5.0)(hidden)))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_inputs_are_given_by_name(format, tmp_path):
+    """LiteRT has an order of its own; the outputs are compared, so that a file in another order is noticed at once."""
+    model = of_inputs(("k", "c", "b", "a"))
+    hkr.export(model, tmp_path / NAMES[format])
+    file, x = exporting.load(tmp_path / NAMES[format]), [normal((5, size), size) for size in (2, 3, 4, 5)]
+    np.testing.assert_allclose(file.predict(x), model.predict(x, verbose=0), atol=1e-5)
+    assert file.verify(model, x)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (lambda: of_inputs(("a", "b", "c"), used=("a", "c")), "does not depend on b"),
+        (lambda: of_inputs(("a", "b"), mapping=True), "inputs in a dict"),
+    ],
+)
+def test_inputs_that_no_file_takes_are_refused(model, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        hkr.export(model(), tmp_path / NAMES[FORMATS[0]])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.once
+def test_a_file_with_other_names_is_refused():
+    with pytest.raises(ValueError, match="Received: a, c, path=net"):
+        exporting.runtimes._in_order(["a", "c"], ["a", "b"], "net")
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        *(np.ones((2, 7, 8, 1)), np.ones((2, 8, 8)), np.ones((8, 8, 1)), np.full((2, 8, 8, 1), "a")),
+        *([np.ones((2, 8, 8, 1))] * 2, np.ones((2, 8, 8, 1), complex)),
+    ],
+    ids=lambda x: str(np.shape(x)),
+)
+def test_a_file_takes_the_shapes_of_its_model(x, exported):
+    file = exporting.load(exported)
+    for run in (file.predict, file.certify):
+        with pytest.raises(ValueError, match="Expected arrays of numbers of the shapes"):
+            run(list(x) if isinstance(x, list) else x)

@@ -204,7 +204,7 @@ def test_mixed_precision_and_what_is_refused(cls, arguments, shape):
     layer = built(cls, arguments, shape, dtype="mixed_bfloat16")
     assert keras.backend.standardize_dtype(layer(normal((1, *shape))).dtype) == "bfloat16"
     assert keras.backend.standardize_dtype(layer.kernel.dtype) == "float32"
-    assert hkr.lipschitz_bound(layer) <= 1 + TOLERANCE
+    assert hkr.lipschitz_bound(layer) <= (1 + 2.0**-8) ** 2  # of the kernel that is cast, in SLL twice
     with pytest.raises(ValueError, match="Received: rank=2"):
         layer.enable_lora(2)
     with pytest.raises(ValueError, match="Received: mode=int8"):

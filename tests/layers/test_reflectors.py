@@ -58,8 +58,8 @@ def test_the_norm_is_at_most_one(units, rank, inputs):
         if learning_rate is not None:
             adam_steps(layer, learning_rate)
         norm = operator_norm(layer, (inputs,))
-        bound = hkr.lipschitz_bound(layer)  # of the kernel as float32 composes it, eagerly
-        assert norm <= bound * (1 + 1e-6)  # the layer computes in float32, compiled
+        bound = hkr.lipschitz_bound(layer)
+        assert norm <= bound
         assert bound <= 1 + TOLERANCE
         assert norm > 0.99
 
@@ -139,8 +139,7 @@ def test_fit_save_certify_and_convert(tmp_path):
     assert np.abs(to_numpy(model.layers[2].vectors) - before).max() > 1e-3
     assert hkr.lipschitz_bound(model) <= 1 + 1e-5
     assert np.all(hkr.certify(model, x, verbose=0).radius >= 0)
-    with pytest.raises(ValueError, match="composed in the forward pass"):
-        hkr.certify(model, x, verbose=0, rigorous=True)
+    assert (hkr.certify(model, x, verbose=0, rigorous=True).radius > 0).any()
 
     plain = hkr.to_keras(model, kernels_only=True)
     assert type(plain.layers[2]) is keras.layers.Dense

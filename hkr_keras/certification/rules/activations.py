@@ -15,10 +15,11 @@ from hkr_keras.certification.floating_point import (
     RoundingRule,
     relative,
 )
+from hkr_keras.certification.operators import as_stored
 from hkr_keras.certification.rules.registry import Shape, bound_of, layer_bound, rule
-from hkr_keras.certification.singular_values import as_float64
+from hkr_keras.certification.singular_values import as_computed
 
-__all__ = ["ACTIVATION_BOUNDS", "activation_bound", "check_activation", "is_one_sided", "monotone_slope", "multiplied"]
+__all__ = ["ACTIVATION_BOUNDS", "activation_bound", "activation_error", "is_one_sided", "monotone_slope", "multiplied"]
 
 _k, _a = keras.layers, keras.activations
 
@@ -130,15 +131,21 @@ def activation_bound(activation: Any, shape: Shape = None) -> float:
         ) from None
 
 
-def check_activation(layer: Any) -> None:
-    """Refuses an activation whose rounding is unknown."""
-    if layer.activation is not None and layer.activation not in _COMPARISONS:
+def activation_error(layer: Any) -> tuple[float, float]:
+    """What the activation of a layer is off by: per unit of its output, and in each entry.
+
+    Raises:
+        ValueError: for an activation whose rounding is unknown.
+    """
+    activation = layer.activation
+    if activation is not None and activation not in _COMPARISONS:
         name = getattr(layer.activation, "__name__", layer.activation)
         raise ValueError(
             "Expected an activation whose rounding in float32 is bounded, for a rigorous certificate: linear, relu, "
             "relu6 or leaky_relu; others depend on the mathematical library (or are layers, which belong behind this "
             f"one). Received: {layer.name}.activation={name}"
         )
+    return (2 * UNIT_ROUNDOFF if getattr(activation, "__name__", "") == "leaky_relu" else 0.0), 0.0
 
 
 def monotone_slope(activation: Any) -> float | None:
@@ -178,7 +185,7 @@ def multiplied(factor: float, offset: float = 0.0) -> RoundingRule:
 
 def _prelu(layer: Any, shape: Shape) -> float:
     check_elementwise(layer, [layer.alpha], shape or (None, *layer.alpha.shape))
-    return max(1.0, float(np.abs(as_float64(layer.alpha)).max()))
+    return max(1.0, float(np.abs(as_computed(layer, "alpha")).max()))
 
 
 def _relu(layer: Any, shape: Shape) -> float:
@@ -188,17 +195,22 @@ def _relu(layer: Any, shape: Shape) -> float:
             "Expected a continuous activation: a ReLU with a threshold jumps there. "
             f"Received: {layer.name}.threshold={layer.threshold}"
         )
-    return max(1.0, abs(layer.negative_slope or 0.0))
+    return _slope(layer, layer.negative_slope or 0.0)
 
 
 def _leaky(layer: Any, shape: Shape) -> float:
     check_scalars(layer, "negative_slope")
-    return max(1.0, abs(float(layer.negative_slope)))
+    return _slope(layer, layer.negative_slope)
 
 
 def _elu(layer: Any, shape: Shape) -> float:
     check_scalars(layer, "alpha")
-    return max(1.0, abs(float(layer.alpha)))
+    return _slope(layer, layer.alpha)
+
+
+def _slope(layer: Any, number: float) -> float:
+    """The larger of 1 and a slope, as the layer computes with it."""
+    return max(1.0, as_stored(float(number), str(layer.compute_dtype)).bound)
 
 
 def _householder(layer: Any, shape: Shape) -> float:
@@ -212,8 +224,8 @@ def _slope_rounding(layer: Any, shape: Shape) -> RoundingRule:
 
 
 def _activation_rounding(layer: Any, shape: Shape) -> RoundingRule:
-    check_activation(layer)
-    return relative(2 * UNIT_ROUNDOFF)
+    factor, absolute = activation_error(layer)
+    return relative(2 * UNIT_ROUNDOFF + factor, absolute)
 
 
 def _sorting(layer: Any, shape: Shape) -> RoundingRule:

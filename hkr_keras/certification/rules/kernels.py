@@ -1,6 +1,7 @@
 """Rows of layers with a kernel: Dense and convolutions of every kind, composed kernels, reflecting residual blocks."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -9,6 +10,7 @@ from keras import ops
 
 from hkr_keras import layers
 from hkr_keras.certification.checks import check_built, check_kernel_layer, check_numbers
+from hkr_keras.certification.composition import composition_error, product_error, reflector, reflector_operator
 from hkr_keras.certification.floating_point import (
     MACHINE_EPSILON,
     SMALLEST_NORMAL,
@@ -20,9 +22,17 @@ from hkr_keras.certification.floating_point import (
     norms,
 )
 from hkr_keras.certification.operators import Convolution, Matrix, Operator
-from hkr_keras.certification.rules.activations import activation_bound, check_activation
+from hkr_keras.certification.rules.activations import activation_bound, activation_error
 from hkr_keras.certification.rules.registry import Shape, layer_rounding, rule
-from hkr_keras.certification.singular_values import absolute_bound, as_float64, is_cheap, kernel_blocks, kernel_bound
+from hkr_keras.certification.singular_values import (
+    absolute_bound,
+    as_computed,
+    as_float64,
+    is_cheap,
+    kernel_blocks,
+    kernel_bound,
+    matrix_spectrum,
+)
 from hkr_keras.geometry import kernel_geometries, overlap
 from hkr_keras.layers.base import ComposedKernel
 from hkr_keras.layers.circular import CircularConv
@@ -37,8 +47,10 @@ def _operator(layer: Any, shape: Shape) -> Operator | None:
     check_built(layer)
     check_kernel_layer(layer, shape)
     (name, geometry), *second = kernel_geometries(layer).items()
+    if isinstance(layer, layers.ReflectorDense):
+        return reflector_operator(layer)
     if isinstance(layer, _k.Dense):
-        return Matrix(as_float64(layer.kernel))
+        return Matrix(as_computed(layer, "kernel"))
     first = getattr(layer, "data_format", "channels_last") == "channels_first"
     where: dict[str, Any] = {"channel_axis": 0 if first else -1}
     if not second and shape is not None and not getattr(layer, "circular", False):
@@ -47,7 +59,7 @@ def _operator(layer: Any, shape: Shape) -> Operator | None:
     if not second:
         blocks = kernel_blocks(layer, name)
         return Convolution(blocks=blocks, strides=strides, dilation=dilation, transposed=geometry.transposed, **where)
-    depthwise, pointwise = as_float64(getattr(layer, name)), as_float64(getattr(layer, second[0][0]))
+    depthwise, pointwise = as_computed(layer, name), as_computed(layer, second[0][0])
     channels, multiplier = depthwise.shape[-2:]
     if not is_cheap(layer.kernel_size, (channels, pointwise.shape[-1]), strides):
         return None
@@ -93,8 +105,11 @@ def check_convolution(layer: Any, x: Any) -> None:
         )
 
 
-def _absolute_twin(layer: Any) -> keras.layers.Layer:
-    """The plain Keras layer with the absolute values of the kernels, and nothing else."""
+def _absolute_twin(layer: Any) -> Callable[[Any], Any]:
+    """The operator with the absolute values of the kernels, and nothing else."""
+    if isinstance(layer, ComposedKernel):
+        kernel = ops.abs(layer.kernel)
+        return lambda x: layer.operate(ops.convert_to_tensor(x), kernel)
     plain: Any = next(cls for cls in type(layer).__mro__ if cls.__module__.startswith("keras."))
     config = plain.get_config(layer)  # without what a subclass adds
     config |= {name: None for name in config if name.endswith(("_constraint", "_regularizer"))}
@@ -112,7 +127,6 @@ def _rounding(layer: Any, shape: Shape) -> RoundingRule:
     Every partial sum of products lies between the sum of the negative and that of the positive ones, so it is at
     most `(|W|^T |x| + |W^T x|) / 2`, and each of the n additions is off by u times a partial sum.
     """
-    check_activation(layer)
     names = list(kernel_geometries(layer))
     twin, absolute = _absolute_twin(layer), math.prod(absolute_bound(layer, name) for name in names)
     kernels = {name: tuple(getattr(layer, name).shape) for name in names}
@@ -127,13 +141,19 @@ def _rounding(layer: Any, shape: Shape) -> RoundingRule:
         linear = terms * UNIT_ROUNDOFF / 2 * kernel_bound(layer, names[0])
     else:
         sums, linear = gamma, 0.0
-    last = 2 * UNIT_ROUNDOFF if layer.activation in (keras.activations.leaky_relu, keras.ops.leaky_relu) else 0.0
+    last, absolute_error = activation_error(layer)
     # Between the two kernels of a separable convolution numbers can be flushed, and overflow, too.
     inner = absolute_bound(layer, names[0]) if len(names) == 2 else 0.0
     outer = absolute_bound(layer, names[1]) if len(names) == 2 else 0.0
     between = math.prod(getattr(layer, names[0]).shape[-2:]) if len(names) == 2 else 0.0  # channels there
     norm = math.prod(kernel_bound(layer, name) for name in names)
-    slope = sums * absolute + UNIT_ROUNDOFF * inner + linear + last * norm
+    composed, more = 0.0, 0.0
+    if isinstance(layer, ComposedKernel):
+        composed = composition_error(layer)
+        window, (inputs, outputs) = kernels[names[0]][:-2], kernels[names[0]][-2:]
+        rough = math.prod(window) * math.sqrt(min(inputs, outputs)) * composed  # of the absolute values
+        more = sums * rough + terms * UNIT_ROUNDOFF * composed
+    slope = sums * absolute + UNIT_ROUNDOFF * inner + linear + last * norm + more
 
     def rounding(x: Any, y: Any) -> Rounding:
         check_convolution(layer, x)
@@ -142,18 +162,93 @@ def _rounding(layer: Any, shape: Shape) -> RoundingRule:
         absolute_sums = norms(ops.convert_to_numpy(twin(ops.abs(continued)))) * (1 + 2 * gamma)
         shift = gamma * float(np.linalg.norm(bias)) * copies
         flushed = (4 * terms + 8) * (entries(y) + outer * between * entries(y)) + 2 * absolute * entries(x)
-        at_centre = sums * absolute_sums + (UNIT_ROUNDOFF * inner + linear) * norms(x) + shift + last * norms(y)
-        return Rounding(at_centre + SMALLEST_NORMAL * flushed, slope)
+        at_centre = sums * absolute_sums + (UNIT_ROUNDOFF * inner + linear + more) * norms(x)
+        at_centre = at_centre + shift + last * norms(y) + absolute_error * entries(y)
+        return Rounding(at_centre + SMALLEST_NORMAL * flushed, slope, composed)
 
     return rounding
 
 
-def _composed_rounding(layer: Any, shape: Shape) -> RoundingRule:
-    raise ValueError(
-        "Expected layers that store the kernel they compute with, for a rigorous certificate: the rounding of a kernel "
-        "that is composed in the forward pass is not bounded. Certify hkr_keras.to_keras(model, kernels_only=True), "
-        f"which stores it and has equal outputs. Received: layer={type(layer).__name__} '{layer.name}'"
-    )
+def _sums(terms: int) -> tuple[float, float]:
+    """What a sum of so many products is off by, per unit of the sum of absolute values, and of the sum itself."""
+    linear = terms * UNIT_ROUNDOFF * (0.5 + accumulated(terms + 2))
+    return UNIT_ROUNDOFF + linear, linear
+
+
+def _copies(layer: Any, y: Any) -> float:
+    """The root of how often the bias is added to one input."""
+    return math.sqrt(y[0].size / layer.bias.shape[0])
+
+
+def _reflector_rounding(layer: Any, shape: Shape) -> RoundingRule:
+    """Three products and a difference, each off by what sums are, carried on by factors of norm 1, 2 and 1."""
+    last, absolute_error = activation_error(layer)
+    composed, known = composition_error(layer), reflector(layer)
+    factor, near = known.factor, known.near
+    (size, rank), inputs = factor.shape, layer.kernel.shape[0]
+    first, rough = np.abs(factor[:inputs]), math.sqrt(rank) * near
+    enters, leaves = (matrix_spectrum(np.abs(part)).bound + rough for part in (first, factor[: layer.units]))
+    middle = 2 * np.eye(rank) - factor.T @ factor
+    of_middle = 1.1 * matrix_spectrum(product_error(factor.T, factor)).bound + 4 * UNIT_ROUNDOFF
+    of_middle += 4 * size * UNIT_ROUNDOFF * (enters + leaves) * rough
+    wide = matrix_spectrum(np.abs(middle)).bound + math.sqrt(rank) * (of_middle + 2.2 * near)
+    entering, entering_linear = _sums(inputs)
+    inner, inner_linear = _sums(rank)
+    constant = 2.1 * (entering * rough + entering_linear + 2 * UNIT_ROUNDOFF)
+    constant += 2.1 * (inner * wide + inner_linear + of_middle) + 2.2 * (inner * leaves + inner_linear)
+    constant += 4 * UNIT_ROUNDOFF
+    bias = float(np.linalg.norm(as_float64(layer.bias))) if layer.use_bias else 0.0
+    centre_too = 0.0 if layer.activation in (keras.activations.linear, keras.activations.relu) else composed
+
+    def rounding(x: Any, y: Any) -> Rounding:
+        copies = _copies(layer, y) if layer.use_bias else 0.0
+        absolute_sums = norms(np.abs(x.astype(np.float64)) @ first)
+        at_centre = 2.1 * entering * absolute_sums + (constant + centre_too) * norms(x)
+        at_centre = at_centre + 4 * UNIT_ROUNDOFF * bias * copies + last * norms(y) + absolute_error * entries(y)
+        flushed = SMALLEST_NORMAL * (8 * (inputs + rank) + 8) * (entries(x) + entries(y)) * (1 + leaves)
+        slope = 2.1 * entering * enters + constant + last * 1.01
+        return Rounding(at_centre + flushed, slope, composed)
+
+    return rounding
+
+
+def _reflection_rounding(layer: Any, shape: Shape) -> RoundingRule:
+    """Of `x - 2 W h`, `h = relu(W^T x + b)`: h is off by what sums are; W carries that on, and adds its own."""
+    composed = composition_error(layer)
+    kernel = np.abs(as_float64(layer.kernel)).astype("float32")
+    *window, inputs, units = kernel.shape
+    absolute, norm = absolute_bound(layer, "kernel"), kernel_bound(layer, "kernel") + composed
+    rough = math.prod(window) * math.sqrt(min(inputs, units)) * composed
+    terms = math.prod(window) * inputs + 2, math.prod(window) * units + 2
+    (first, first_linear), (second, second_linear) = map(_sums, terms)
+    bias = float(np.linalg.norm(as_float64(layer.bias)))
+    own = first * rough + first_linear * norm
+    slope_hidden = first * absolute + own
+    slope = 2 * (norm * slope_hidden + second * absolute * (norm + slope_hidden) + second_linear * norm)
+    slope += 4 * (second * rough) + 4 * UNIT_ROUNDOFF
+    slack = 1 + 4 * accumulated(max(terms))  # of what float32 computes here
+
+    def through(values: Any, weights: Any, back: bool) -> Any:
+        values, weights = ops.convert_to_tensor(values), ops.convert_to_tensor(weights)
+        if not window:
+            return np.asarray(ops.convert_to_numpy(ops.matmul(values, ops.transpose(weights) if back else weights)))
+        convolve = ops.conv_transpose if back else ops.conv
+        moved = convolve(values, weights, strides=1, padding="same", data_format="channels_last")
+        return np.asarray(ops.convert_to_numpy(moved))
+
+    def rounding(x: Any, y: Any) -> Rounding:
+        hidden = through(x, layer.kernel, back=False) + np.asarray(ops.convert_to_numpy(layer.bias))
+        hidden = np.maximum(hidden, 0.0)
+        copies = math.sqrt(hidden[0].size / units)
+        off = first * norms(through(np.abs(x), kernel, back=False)) * slack + own * norms(x) + 2 * first * bias * copies
+        size = norms(hidden) + off  # `hidden` is off by that much itself
+        back = norms(through(hidden, kernel, back=True)) * slack + 2 * absolute * off
+        at_centre = 2 * (norm * off + second * back + (second * rough + second_linear * norm) * (size + off))
+        at_centre = at_centre + 2 * UNIT_ROUNDOFF * (norms(y) + norms(x)) + 2 * composed * bias * copies
+        flushed = SMALLEST_NORMAL * (8 * sum(terms) + 8) * (entries(x) + entries(hidden)) * (1 + 4 * absolute)
+        return Rounding(at_centre + flushed, slope, 4 * composed * norm)
+
+    return rounding
 
 
 def _reflection(layer: Any, shape: Shape) -> float:
@@ -181,10 +276,11 @@ rule(
 rule(
     *(layers.OrthogonalConv1D, layers.OrthogonalConv2D),
     *(layers.OrthogonalConv1DTranspose, layers.OrthogonalConv2DTranspose),
-    *(layers.AOLDense, layers.AOLConv2D, layers.ReflectorDense),
+    *(layers.AOLDense, layers.AOLConv2D),
     tail=_operator,
     slope=_slope,
-    rounding=_composed_rounding,
+    rounding=_rounding,
 )
-rule(layers.SLLDense, layers.SLLConv2D, bound=_reflection)
-layer_rounding.register(ComposedKernel, _composed_rounding)
+rule(layers.ReflectorDense, tail=_operator, slope=_slope, rounding=_reflector_rounding)
+rule(layers.SLLDense, layers.SLLConv2D, bound=_reflection, rounding=_reflection_rounding)
+layer_rounding.register(ComposedKernel, lambda layer, shape: composition_error(layer) and _rounding(layer, shape))

@@ -10,28 +10,14 @@ import numpy as np
 from hkr_keras import layers
 from hkr_keras.certification.checks import check_numbers, check_scalars
 from hkr_keras.certification.floating_point import SMALLEST_NORMAL, Rounding, RoundingRule, accumulated, entries, norms
-from hkr_keras.certification.operators import Diagonal
+from hkr_keras.certification.operators import Diagonal, as_stored
 from hkr_keras.certification.rules.activations import multiplied
 from hkr_keras.certification.rules.registry import Shape, merge, rule
-from hkr_keras.certification.singular_values import as_float64
+from hkr_keras.certification.singular_values import as_computed
 
-__all__ = ["as_stored"]
+__all__ = []
 
 _k = keras.layers
-
-
-def as_stored(numbers: Any, dtype: str) -> Diagonal:
-    """Numbers that a layer multiplies by, and bounds on what rounding them to the type of the layer changes."""
-    exact = np.asarray(numbers, dtype=np.float64)
-    if not np.isfinite(exact).all():
-        raise ValueError(f"Expected finite numbers to multiply by. Received: {numbers}")
-    with np.errstate(over="ignore", divide="ignore", invalid="ignore", under="ignore"):
-        single = exact.astype(np.float32).astype(np.float64)
-        relative = np.where(exact == 0, 0.0, np.abs(single - exact) / np.abs(exact))
-    half = {"float16": 2.0**-10, "bfloat16": 2.0**-7}.get(dtype, 0.0)  # of numbers that are normal there
-    if half and ((exact != 0) & (np.abs(exact) < 2.0**-14)).any():
-        raise ValueError(f"Expected numbers that are normal in {dtype}. Received: {numbers}")
-    return Diagonal(exact, float(relative.max(initial=0.0)) + half)
 
 
 def _factor(layer: Any, shape: Shape) -> Diagonal:
@@ -54,7 +40,7 @@ def _root_sum_squares(layer: Any, constants: np.ndarray) -> np.ndarray:
 def _shares(layer: Any, count: int) -> tuple[np.ndarray, float]:
     """The weights of the branches of a residual, and the relative error of their float32 form."""
     check_numbers(layer, [layer.mixing_logits], (count,))
-    logits = as_float64(layer.mixing_logits)
+    logits = as_computed(layer, "mixing_logits")
     weights = np.exp(logits - logits.max())
     least = np.finfo(np.float64).tiny  # what underflows is positive all the same
     return np.maximum(weights / weights.sum(), least), accumulated(count + 32 + 2 * math.ceil(np.ptp(logits)))

@@ -17,9 +17,8 @@ from hkr_keras.certification.floating_point import (
     accumulated,
     relative,
 )
-from hkr_keras.certification.operators import Diagonal
+from hkr_keras.certification.operators import Diagonal, as_stored
 from hkr_keras.certification.rules.activations import multiplied
-from hkr_keras.certification.rules.merging import as_stored
 from hkr_keras.certification.rules.registry import Shape, bound_of, rule
 from hkr_keras.certification.singular_values import as_float64
 
@@ -56,11 +55,8 @@ def _normalization(layer: Any, shape: Shape) -> Diagonal:
     mean, variance = as_float64(layer.mean), as_float64(layer.variance)
     shape = build_shape(layer) if shape is None else shape
     check_elementwise(layer, [mean, variance], shape)
-    if layer.weights and not (np.array_equal(mean.ravel(), as_float64(layer.adapt_mean).ravel())):
-        raise ValueError(
-            f"Expected a Normalization that computes with its weights: call finalize_state() of '{layer.name}' after "
-            "setting them. Received: mean and weights that differ"
-        )
+    for name, used in (("mean", mean), ("variance", variance)):
+        _check_source(layer, name, used)
     if (variance < 0).any():
         raise ValueError(
             f"Expected variances of at least 0. Received: {layer.name} with a variance of {variance.min()}"
@@ -69,7 +65,22 @@ def _normalization(layer: Any, shape: Shape) -> Diagonal:
     deviation = np.sqrt(variance)
     # The root and epsilon are float32 numbers in the end: off by two roundings.
     factor = np.maximum(deviation, smallest) if layer.invert else 1 / np.maximum(deviation, smallest)
-    return Diagonal(_aligned(layer, factor, shape), 4 * UNIT_ROUNDOFF)
+    cast = {"float16": 2.0**-9, "bfloat16": 2.0**-6}.get(str(layer.compute_dtype), 0.0)  # of variances, under the root
+    return Diagonal(_aligned(layer, factor, shape), 4 * UNIT_ROUNDOFF + cast)
+
+
+def _check_source(layer: Any, name: str, used: np.ndarray) -> None:
+    """Refuses numbers of a Normalization that are not those of its weights, or its configuration: files hold these."""
+    stored = getattr(layer, f"adapt_{name}") if layer.weights else getattr(layer, f"input_{name}")
+    expected = as_float64(keras.ops.cast(keras.ops.convert_to_tensor(stored, "float32"), layer.compute_dtype))
+    if used.size % max(expected.size, 1) or not np.array_equal(
+        used.ravel(), np.broadcast_to(expected.ravel(), (used.size // expected.size, expected.size)).ravel()
+    ):
+        raise ValueError(
+            f"Expected a Normalization that computes with its weights: call finalize_state() of '{layer.name}' after "
+            f"setting them, or make it anew with other numbers. Received: another {name} than its weights, or its "
+            "configuration, say"
+        )
 
 
 def _batch_normalization(layer: Any, shape: Shape) -> Diagonal:
@@ -81,18 +92,19 @@ def _batch_normalization(layer: Any, shape: Shape) -> Diagonal:
     check_numbers(layer, [layer.moving_variance, *([layer.gamma] if layer.scale else [])], (1,) if one else size)
     check_scalars(layer, "epsilon")
     variance = as_float64(layer.moving_variance)
-    if (variance + layer.epsilon <= 0).any():
+    low, high = (variance + epsilon for epsilon in sorted((layer.epsilon, float(np.float32(layer.epsilon)))))
+    if (low < SMALLEST_NORMAL).any():
         raise ValueError(
-            "Expected variances above 0 with epsilon, for a finite Lipschitz bound. Received: "
+            "Expected variances above 0 with epsilon in float32, for a finite Lipschitz bound. Received: "
             f"{layer.name} with a variance of {variance.min()} and epsilon={layer.epsilon}"
         )
     gain = as_float64(layer.gamma) if layer.scale else np.ones_like(variance)
-    factor = gain / np.sqrt(variance + layer.epsilon)
+    factor, relative = gain / np.sqrt(low), 8 * MACHINE_EPSILON + 1 - math.sqrt(float((low / high).min()))
     if shape is None or one:
-        return Diagonal(np.asarray(np.abs(factor).max()), 8 * MACHINE_EPSILON)
+        return Diagonal(np.asarray(np.abs(factor).max()), relative)
     axis = layer.axis % len(shape)
     numbers = factor.reshape(tuple(-1 if i == axis else 1 for i in range(1, len(shape))))
-    return Diagonal(numbers, 8 * MACHINE_EPSILON)
+    return Diagonal(numbers, relative)
 
 
 def _centering(layer: Any, shape: Shape) -> float:

@@ -77,6 +77,11 @@ def _global_average(layer: Any, shape: Shape) -> float:
     return 1.0 if None in cells else (1 + 2 * MACHINE_EPSILON) / math.sqrt(math.prod(cells))
 
 
+def _scaled(layer: Any, shape: Shape) -> float:
+    """A root of a number of cells, which half precision rounds."""
+    return 1.0 + {"float16": 2.0**-10, "bfloat16": 2.0**-7}.get(str(layer.compute_dtype), 0.0)
+
+
 def _flushed(cells: int) -> float:
     """What flushing every product of a mean over that many cells, times its root, changes at most."""
     return SMALLEST_NORMAL * (4 * cells + 8) * math.sqrt(cells)
@@ -123,7 +128,7 @@ rule(
 rule(
     *(layers.ScaledAveragePooling1D, layers.ScaledAveragePooling2D, layers.ScaledAveragePooling3D),
     *(layers.ScaledGlobalAveragePooling1D, layers.ScaledGlobalAveragePooling2D),
-    bound=1.0,
+    bound=_scaled,
     rounding=_sums,
 )
 rule(

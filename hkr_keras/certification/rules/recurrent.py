@@ -1,16 +1,26 @@
 """Rows of recurrent layers."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import keras
+import numpy as np
 
 from hkr_keras import layers
 from hkr_keras.certification.checks import build_shape, check_built, check_no_hooks, check_numbers, overridden
-from hkr_keras.certification.floating_point import MACHINE_EPSILON
-from hkr_keras.certification.rules.activations import activation_bound
+from hkr_keras.certification.floating_point import (
+    MACHINE_EPSILON,
+    SMALLEST_NORMAL,
+    UNIT_ROUNDOFF,
+    Rounding,
+    RoundingRule,
+    accumulated,
+    norms,
+)
+from hkr_keras.certification.rules.activations import activation_bound, activation_error
 from hkr_keras.certification.rules.registry import Shape, bound_of, rule
-from hkr_keras.certification.singular_values import kernel_bound
+from hkr_keras.certification.singular_values import absolute_bound, as_float64, kernel_bound
 from hkr_keras.layers.recurrent import LipschitzSimpleRNNCell, recurrence_bound
 
 __all__ = []
@@ -59,5 +69,65 @@ def _bidirectional(layer: Any, shape: Shape) -> float:
     return _MERGED[mode](*(bound_of(each, shape) for each in both)) * (1 + 4 * MACHINE_EPSILON)
 
 
-rule(layers.LipschitzSimpleRNN, bound=_recurrence)
+def _sums(terms: int) -> tuple[float, float]:
+    """What a sum of so many products is off by, per unit of the sum of absolute values, and of the sum itself."""
+    linear = terms * UNIT_ROUNDOFF * (0.5 + accumulated(terms + 2))
+    return UNIT_ROUNDOFF + linear, linear
+
+
+def _rounding(layer: Any, shape: Shape) -> RoundingRule:
+    """Each step is off by what two products, two sums and the activation are, and carries on what came before."""
+    cell = layer.cell
+    last, absolute_error = activation_error(cell)
+    known = _VALUES[cell.activation.__name__]
+    steep = activation_bound(cell.activation, (None, cell.units))
+    kernel, recurrent = as_float64(cell.kernel), as_float64(cell.recurrent_kernel)
+    shift = as_float64(cell.bias) if cell.use_bias else np.zeros(cell.units)
+    enters, goes_on = (kernel_bound(cell, name) for name in ("kernel", "recurrent_kernel"))
+    wide, wide_on = (absolute_bound(cell, name) for name in ("kernel", "recurrent_kernel"))
+    (first, first_linear), (second, second_linear) = _sums(len(kernel) + 2), _sums(len(recurrent) + 2)
+    each = math.sqrt(cell.units) * (absolute_error + SMALLEST_NORMAL * 8 * (sum(kernel.shape) + sum(recurrent.shape)))
+    each += math.sqrt(cell.units) * SMALLEST_NORMAL * 8 * (wide + wide_on)
+
+    def joined(parts: list) -> Any:
+        return np.sqrt(np.sum(np.square(parts), axis=0)) if layer.return_sequences else parts[-1]
+
+    def rounding(x: Any, y: Any) -> Rounding:
+        x = x.astype(np.float64)[:, :: -1 if layer.go_backwards else 1]
+        state, off, slope, moved = np.zeros((len(x), cell.units)), np.zeros(len(x)), 0.0, 0.0
+        offs, slopes = [], []
+        for step in range(x.shape[1]):
+            now = x[:, step]
+            size = norms(state) + off
+            made = first * norms(np.abs(now) @ np.abs(kernel)) + first_linear * enters * norms(now)
+            made += second * (norms(np.abs(state) @ np.abs(recurrent)) + wide_on * off) + second_linear * goes_on * size
+            made += 3 * UNIT_ROUNDOFF * (enters * norms(now) + goes_on * size + float(np.linalg.norm(shift)))
+            off = steep * (goes_on * off + made * (1 + 1e-6))
+            more = first * wide + first_linear * enters + second * wide_on * (moved + slope)
+            more += second_linear * goes_on * (moved + slope) + 3 * UNIT_ROUNDOFF * (enters + goes_on * (moved + slope))
+            slope = steep * (goes_on * slope + more * (1 + 1e-6))
+            moved = math.hypot(steep * enters, steep * goes_on * moved)
+            state = known(now @ kernel + state @ recurrent + shift)
+            off = (off + last * (norms(state) + off) + each) * (1 + 1e-9)
+            slope = (slope + last * (moved + slope)) * (1 + 1e-9)
+            offs.append(off)
+            slopes.append(slope)
+        return Rounding(joined(offs), float(joined(slopes)))
+
+    return rounding
+
+
+#: Activations in float64.
+_VALUES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "linear": lambda x: x,
+    "relu": lambda x: np.maximum(x, 0.0),
+    "relu6": lambda x: np.clip(x, 0.0, 6.0),
+    "leaky_relu": lambda x: np.where(x > 0, x, float(np.float32(0.2)) * x),
+    "tanh": np.tanh,
+    "sigmoid": lambda x: 0.5 * (1 + np.tanh(0.5 * x)),
+    "elu": lambda x: np.where(x > 0, x, np.expm1(np.minimum(x, 0.0))),
+    "softplus": lambda x: np.logaddexp(0.0, x),
+}
+
+rule(layers.LipschitzSimpleRNN, bound=_recurrence, rounding=_rounding)
 rule(keras.layers.Bidirectional, bound=_bidirectional)

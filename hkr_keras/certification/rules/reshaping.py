@@ -76,7 +76,7 @@ def _time_distributed_rounding(layer: Any, shape: Shape) -> RoundingRule:
 
     def rounding(x: Any, y: Any) -> Rounding:
         steps = inner(x.reshape(-1, *x.shape[2:]), y.reshape(-1, *y.shape[2:]))
-        return Rounding(norms(steps.at_centre.reshape(x.shape[:2])), steps.slope)
+        return Rounding(norms(steps.at_centre.reshape(x.shape[:2])), steps.slope, steps.composed)
 
     return rounding
 
