@@ -340,7 +340,7 @@ class HKRRegressor(RegressorMixin, _Estimator):
         check_consistent_length(interval.value, y)
         y = column_or_1d(y)
         worse = np.where(y - interval.lower > interval.upper - y, interval.lower, interval.upper)
-        return float(r2_score(y, worse))
+        return float(r2_score(y, worse)) if np.isfinite(worse).all() else -math.inf
 
 
 class _FullBatches(keras.utils.PyDataset):

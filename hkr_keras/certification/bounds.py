@@ -132,7 +132,7 @@ def state_through(place: Application, states: list[LipschitzState]) -> Lipschitz
     """What is known of the output of a layer, from what is known of its inputs."""
     layer = place.layer
     if len(states) > 1:
-        merged = merge_bound(layer, _stacked(layer, states), place.shapes) * (1 + 8 * MACHINE_EPSILON)
+        merged = merged_constants(layer, _stacked(layer, states), place.shapes) * (1 + 8 * MACHINE_EPSILON)
         return LipschitzState(lambda: merged, one_sided=all(state.one_sided for state in states))
     state, shape = states[0], place.shapes[0]
     check(layer, shape)
@@ -241,7 +241,18 @@ def constant_of(layer: Any, shapes: list[Shape]) -> float:
     """The constant of one layer, all its inputs taken together as one vector."""
     if len(shapes) == 1:
         return bound_of(layer, shapes[0])
-    return _length(merge_bound(layer, np.eye(len(shapes)), shapes))
+    return _length(merged_constants(layer, np.eye(len(shapes)), shapes))
+
+
+def merged_constants(layer: Any, constants: np.ndarray, shapes: Sequence[Shape] | None = None) -> np.ndarray:
+    """What the rule of a merging layer says, checked: anybody may have registered it."""
+    merged = np.asarray(merge_bound(layer, constants, shapes), dtype=np.float64)
+    if merged.shape != constants.shape[1:] or not (merged >= 0).all():
+        raise ValueError(
+            f"Expected a rule that gives a constant of at least 0 for each of {constants.shape[1]} columns. "
+            f"Received: {merged!r} for {type(layer).__name__} '{layer.name}'"
+        )
+    return merged
 
 
 def model_inputs(model: Any) -> list[Any]:

@@ -95,6 +95,9 @@ def check_is_itself(layer: Any, known: type | None) -> None:
                 f"Received: a class whose {patched[0]} was replaced"
             )
     _check_no_mask_of_its_own(layer)
+    backend = vars(layer).get("backend")
+    if backend is not None and not type(backend).__module__.startswith("keras."):
+        raise ValueError(f"Expected a layer that computes with Keras. Received: {layer.name}.backend={backend!r}")
     check_no_hooks(layer)
     policy = getattr(layer, "dtype_policy", None)
     if policy is not None and not type(policy).__module__.startswith("keras."):

@@ -18,6 +18,7 @@ from hkr_keras.certification.graph import Application, walk
 from hkr_keras.certification.operators import Matrix
 from hkr_keras.certification.rules.registry import check, layer_bound, tail_of
 from hkr_keras.certification.singular_values import as_float64, matrix_spectrum
+from hkr_keras.geometry import flattened_layers
 
 __all__ = ["local_bound", "local_bounds", "local_radii"]
 
@@ -54,8 +55,10 @@ def local_bound(model: Any, x: Any, epsilon: float | np.ndarray) -> np.ndarray:
     Reference:
         Weng et al., ICML 2018 (arXiv 1804.09699), Fast-Lip; Huang et al., NeurIPS 2021 (arXiv 2111.01395).
     """
-    chain = _read(model)
-    found = local_bounds(*chain, _flat(model, x), epsilon)
+    chain, points = _read(model), _flat(model, x)
+    if np.shape(epsilon) not in ((), (len(points),)):
+        raise ValueError(f"Expected a radius, or one for each of {len(points)} inputs. Received: epsilon={epsilon!r}")
+    found = local_bounds(*chain, points, epsilon)
     return np.minimum(found, lipschitz_bound(model, method="semidefinite"))
 
 
@@ -104,6 +107,7 @@ def local_radii(model: Any, x: Any, steps: int = 10, prediction: np.ndarray | No
     def reached(epsilon: np.ndarray) -> np.ndarray:
         constants = local_bounds(kernels, biases, slopes, points, epsilon, columns)
         ratios = np.divide(margins, constants, out=np.full_like(margins, np.inf), where=constants > 0)
+        ratios = np.where(margins > 0, ratios, 0.0)
         return ratios.min(axis=1) * (1 - 4 * MACHINE_EPSILON)
 
     high = np.minimum(reached(np.zeros(len(points))), 1e30)
@@ -136,7 +140,25 @@ def _read(model: Any) -> _Links:
             "Expected a model with one input, one output and a Dense layer. "
             f"Received: {len(inputs)} inputs, {len(rest) + 1} outputs, {len(kernels)} Dense layers"
         )
+    _check_numbers(model, kernels)
     return kernels, biases, slopes[: len(kernels) - 1]  # a last activation stretches nothing
+
+
+def _check_numbers(model: Any, kernels: list[np.ndarray]) -> None:
+    """Refuses half precision, whose rounding moves inputs and jumps, and numbers near the ends of float64."""
+    for layer in flattened_layers(model):
+        dtypes = {str(layer.compute_dtype), str(layer.variable_dtype)}
+        if not dtypes <= {"float32", "float64"}:
+            raise ValueError(
+                "Expected layers and inputs of float32 or float64, for bounds around inputs. "
+                f"Received: '{layer.name}' of {', '.join(sorted(dtypes))}"
+            )
+    powers = np.cumsum([math.log10(max(float(np.abs(kernel).max()), 1e-300)) for kernel in kernels if kernel.any()])
+    if np.abs(powers).max(initial=0.0) > 100:
+        raise ValueError(
+            "Expected kernels whose largest entries multiply to between 1e-100 and 1e100, for bounds around inputs. "
+            f"Received: model '{model.name}', whose entries multiply to 1e{powers[np.abs(powers).argmax()]:.0f}"
+        )
 
 
 def _link(place: Application, states: list[_Links]) -> _Links:
@@ -186,7 +208,7 @@ def _flat(model: Any, x: Any) -> np.ndarray:
     points = np.asarray(x, dtype=np.float64)
     shape = tuple(model.input_shape[1:])
     fits = points.ndim == len(shape) + 1 and all(b in (None, a) for a, b in zip(points.shape[1:], shape, strict=True))
-    if not fits or not np.isfinite(points).all():
+    if not fits or not len(points) or not np.isfinite(points).all():
         raise ValueError(f"Expected finite inputs of shape (n, {shape}). Received: x.shape={points.shape}")
     return points.reshape(len(points), -1)
 

@@ -213,4 +213,4 @@ def _output(place: Application, traces: list[Trace], known: _Known) -> tuple[Tra
 
 def _carried(layer: Any, distances: list[np.ndarray], bound: float) -> np.ndarray:
     """How far the exact output moves when the inputs move by these distances, `(n,)`."""
-    return distances[0] * bound if len(distances) == 1 else bounds.merge_bound(layer, np.stack(distances))
+    return distances[0] * bound if len(distances) == 1 else bounds.merged_constants(layer, np.stack(distances))

@@ -84,6 +84,10 @@ class _WindowPooling:
             padded = new(keras.layers.ZeroPadding3D, border, data_format=self.data_format)(x)
             return new(keras.layers.AveragePooling3D, self.pool_size, **{**settings, "padding": "valid"})(padded)
         channels = x.shape[-1 if self.data_format == "channels_last" else 1]
+        if channels is None:
+            raise ValueError(
+                f"Expected inputs of one number of channels to convert '{self.name}'. Received: shape={x.shape}"
+            )
         window = ops.convert_to_numpy(ops.full((*self.pool_size, channels, 1), 1 / math.prod(self.pool_size)))
         cls = getattr(keras.layers, f"DepthwiseConv{rank}D")
         return new(cls, self.pool_size, use_bias=False, weights=[window], **settings)(x)

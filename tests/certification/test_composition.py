@@ -1,5 +1,8 @@
 """Kernels that are composed in float32: what any order of sums may make of them, and of the layers that use them."""
 
+import pathlib
+import sys
+
 import keras
 import numpy as np
 import pytest
@@ -8,6 +11,7 @@ from helpers import BACKEND, double_precision, normal, to_numpy
 import hkr_keras as hkr
 from hkr_keras.certification.composition import composition_error, product_error, reflector
 from hkr_keras.certification.rounding import Tracer, layer_rounding, norms
+from hkr_keras.certification.rules.activations import _ACCURACY
 from hkr_keras.certification.singular_values import convolution_bound, matrix_spectrum
 
 K, L = keras.layers, hkr.layers
@@ -168,3 +172,46 @@ def test_recurrent_layers(sequences, activation):
     assert found.slope < 1e-4
     certificate = hkr.certify(keras.Sequential([model, K.Flatten(), K.Dense(2)]), x, verbose=0, rigorous=True)
     assert np.any(certificate.radius > 0)
+
+
+@pytest.mark.skipif(BACKEND not in _ACCURACY, reason="not measured")
+@pytest.mark.parametrize("name", ["tanh", "sigmoid", "elu", "softplus"])
+def test_smooth_activations(name):
+    """By themselves, behind a kernel and in a recurrent layer, against float64."""
+    x = points((12,))
+    for layer in (K.Activation(name), K.Dense(5, activation=name), K.ELU(0.7), L.LipschitzSimpleRNN(4, name)):
+        recurrent = isinstance(layer, L.LipschitzSimpleRNN)
+        shape = (4, 3) if recurrent else (12,)
+        model, inputs = model_of(lambda layer=layer: layer, shape), x.reshape(-1, *shape)
+        with double_precision():
+            exact = in_double(model)
+            truth = [to_numpy(exact(each.astype("float64"))) for each in (inputs, inputs[::-1])]
+        found = layer_rounding(layer, (None, *shape))(inputs, to_numpy(model(inputs), "float32"))
+        off = [norms(to_numpy(model(each)) - value) for each, value in zip((inputs, inputs[::-1]), truth, strict=True)]
+        assert np.all(off[0] <= found.at_centre)
+        assert np.all(off[1] <= found.at_centre + found.slope * norms(inputs.astype("float64") - inputs[::-1]))
+    model = keras.Sequential([keras.Input((12,)), K.Dense(8, name), K.Dense(3)])
+    plain, rigorous = (hkr.certify(model, x, verbose=0, rigorous=flag).radius for flag in (False, True))
+    assert np.all(rigorous <= plain)
+    assert np.any(rigorous > 0.5 * plain)
+
+
+def test_a_library_that_was_not_measured_is_refused(monkeypatch):
+    monkeypatch.delitem(_ACCURACY, BACKEND, raising=False)
+    model = keras.Sequential([keras.Input((2,)), K.Dense(4, "tanh"), K.Dense(2)])
+    with pytest.raises(ValueError, match="accuracy of tanh was measured"):
+        hkr.certify(model, np.ones((1, 2)), verbose=0, rigorous=True)
+
+
+@pytest.mark.skipif(BACKEND not in _ACCURACY, reason="not measured")
+def test_the_measured_accuracies_are_those_of_this_machine():
+    """Every 50,000th number of the scan in the table."""
+    sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "benchmarks"))
+    import activation_accuracy
+
+    for name, (relative, absolute) in _ACCURACY[BACKEND].items():
+        layer = K.Activation(name)
+        for x in activation_accuracy.numbers(50_000):
+            found = activation_accuracy.errors(x, to_numpy(layer(x)), name)
+            assert found[0] <= 2 * relative
+            assert found[1] <= 2 * absolute

@@ -309,3 +309,67 @@ def test_labels_of_another_order_are_refused():
     callback.set_model(model)
     with pytest.raises(ValueError, match="labels that come with the data"):
         callback.on_epoch_end(0, {})
+
+
+def test_local_radii_of_ties_and_of_numbers_out_of_range():
+    tie = keras.Sequential([keras.Input((2,)), K.Dense(2, kernel_initializer="ones")])
+    assert local_radii(tie, np.ones((1, 2))).tolist() == [0.0]
+    for size in (1e38, 1e-38):
+        layers = [K.Dense(2, "relu", use_bias=False) for _ in range(8)]
+        model = keras.Sequential([keras.Input((2,)), *layers, K.Dense(2, use_bias=False)])
+        model.set_weights([size * np.eye(2, dtype="float32")] * 9)
+        with pytest.raises(ValueError, match="multiply to between"):
+            local_radii(model, np.array([[2.0, 1.0]]))
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        lambda: [keras.Input((1,), dtype="float16")],
+        lambda: [keras.Input((1,)), K.Identity(dtype="bfloat16")],
+    ],
+)
+def test_local_bounds_want_full_precision(layers):
+    model = keras.Sequential([*layers(), K.Dense(2)])
+    for bound in (lambda: local_radii(model, np.ones((1, 1))), lambda: hkr.local_bound(model, np.ones((1, 1)), 0.1)):
+        with pytest.raises(ValueError, match="float32 or float64"):
+            bound()
+
+
+def test_local_bounds_want_as_many_radii_as_inputs():
+    model = keras.Sequential([keras.Input((1,)), K.Dense(2)])
+    for x, epsilon in ((np.ones((1, 1)), [0.1, 0.2]), (np.ones((0, 1)), 0.1)):
+        with pytest.raises(ValueError, match="Expected"):
+            hkr.local_bound(model, x, epsilon)
+
+
+class Sum(K.Add):
+    """An Add with a rule of its own."""
+
+
+@pytest.mark.parametrize("result", [lambda c: -c.sum(axis=0), lambda c: 1.0, lambda c: c])
+def test_results_of_registered_rules_are_checked(result):
+    bounds.merge_bound.register(Sum, lambda layer, constants: result(constants))
+    x = keras.Input((2,))
+    with pytest.raises(ValueError, match="Expected a rule that gives"):
+        hkr.lipschitz_bound(keras.Model(x, Sum()([x, x])))
+
+
+def test_bounds_of_activations_are_not_negative(monkeypatch):
+    monkeypatch.setitem(bounds.ACTIVATION_BOUNDS, abs, -3.0)
+    with pytest.raises(ValueError, match="constant of at least 0"):
+        bounds.activation_bound(abs)
+
+
+def test_a_backend_of_its_own_is_refused():
+    layer = K.Rescaling(1.0)
+    model = keras.Sequential([keras.Input((2,)), layer])
+    layer.backend = type("Tenfold", (), {"cast": lambda self, x, dtype: 10 * x})()
+    with pytest.raises(ValueError, match="computes with Keras"):
+        hkr.lipschitz_bound(model)
+
+
+def test_a_mean_over_inputs_of_several_channels_is_refused():
+    layer, inputs = L.ScaledAveragePooling1D(3, 1, padding="same"), (keras.Input((4, 2)), keras.Input((9, 5)))
+    with pytest.raises(ValueError, match="one number of channels"):
+        hkr.to_keras(keras.Model(list(inputs), [layer(each) for each in inputs]))

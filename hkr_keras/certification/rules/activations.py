@@ -67,6 +67,13 @@ _ALONG_AN_AXIS = ("softmax", "log_softmax", "sparsemax")
 _COMPARISONS = {getattr(module, name) for module in (_a, keras.ops) for name in ("relu", "relu6", "leaky_relu")} | {
     _a.linear
 }
+#: Smooth ones whose errors were measured, and these in units of 2^-24: relative to the output where it is positive
+#: (of tanh, everywhere), absolute elsewhere; by `benchmarks/activation_accuracy.py`, rounded up.
+_MEASURED = {getattr(module, name) for module in (_a, keras.ops) for name in ("tanh", "sigmoid", "elu", "softplus")}
+_ACCURACY: dict[str, dict[str, tuple[float, float]]] = {
+    "jax": {"tanh": (5.0, 0.0), "sigmoid": (0.0, 1.5), "elu": (0.0, 2.0), "softplus": (2.6, 1.6)},
+    "torch": {"tanh": (1.1, 0.0), "sigmoid": (0.0, 1.5), "elu": (0.0, 1.1), "softplus": (1.8, 1.0)},
+}
 #: Activation functions of every number by itself that nowhere decrease.
 _MONOTONE = {
     getattr(module, name)
@@ -122,13 +129,16 @@ def activation_bound(activation: Any, shape: Shape = None) -> float:
             f"Received: activation={activation.__name__} of inputs of shape {tuple(shape)}"
         )
     try:
-        return ACTIVATION_BOUNDS[activation]
+        bound = ACTIVATION_BOUNDS[activation]
     except (KeyError, TypeError):
         raise ValueError(
             "Expected an activation with a known Lipschitz constant; add yours with "
             "hkr_keras.bounds.ACTIVATION_BOUNDS[function] = constant. "
             f"Received: activation={getattr(activation, '__name__', activation)}"
         ) from None
+    if not 0 <= bound < math.inf:
+        raise ValueError(f"Expected a constant of at least 0. Received: ACTIVATION_BOUNDS[{activation}]={bound}")
+    return bound
 
 
 def activation_error(layer: Any) -> tuple[float, float]:
@@ -138,14 +148,30 @@ def activation_error(layer: Any) -> tuple[float, float]:
         ValueError: for an activation whose rounding is unknown.
     """
     activation = layer.activation
+    if isinstance(activation, Hashable) and activation in _MEASURED:
+        return _accuracy(getattr(activation, "__name__", ""))
     if activation is not None and activation not in _COMPARISONS:
         name = getattr(layer.activation, "__name__", layer.activation)
         raise ValueError(
             "Expected an activation whose rounding in float32 is bounded, for a rigorous certificate: linear, relu, "
-            "relu6 or leaky_relu; others depend on the mathematical library (or are layers, which belong behind this "
-            f"one). Received: {layer.name}.activation={name}"
+            "relu6, leaky_relu, tanh, sigmoid, elu or softplus; others depend on the mathematical library (or are "
+            f"layers, which belong behind this one). Received: {layer.name}.activation={name}"
         )
     return (2 * UNIT_ROUNDOFF if getattr(activation, "__name__", "") == "leaky_relu" else 0.0), 0.0
+
+
+def _accuracy(name: str) -> tuple[float, float]:
+    """What the mathematical library of this backend was measured to be off by, twice."""
+    device = str(getattr(keras.ops.convert_to_tensor(0.0), "device", ""))
+    backend = keras.backend.backend()
+    if "cpu" not in device.lower() or backend not in _ACCURACY:
+        raise ValueError(
+            f"Expected a backend and a device on which the accuracy of {name} was measured, for a rigorous "
+            f"certificate: {', '.join(_ACCURACY)} on CPUs (benchmarks/activation_accuracy.py). "
+            f"Received: {backend} on {device}"
+        )
+    factor, absolute = _ACCURACY[backend][name]
+    return 2 * factor * UNIT_ROUNDOFF, 2 * absolute * UNIT_ROUNDOFF
 
 
 def monotone_slope(activation: Any) -> float | None:
@@ -225,7 +251,12 @@ def _slope_rounding(layer: Any, shape: Shape) -> RoundingRule:
 
 def _activation_rounding(layer: Any, shape: Shape) -> RoundingRule:
     factor, absolute = activation_error(layer)
-    return relative(2 * UNIT_ROUNDOFF + factor, absolute)
+    return relative(2 * UNIT_ROUNDOFF + factor, absolute + factor)  # a softplus is at most x + 0.7
+
+
+def _elu_rounding(layer: Any, shape: Shape) -> RoundingRule:
+    _, absolute = _accuracy("elu")
+    return relative(4 * UNIT_ROUNDOFF * bound_of(layer, shape), absolute * abs(float(layer.alpha)))
 
 
 def _sorting(layer: Any, shape: Shape) -> RoundingRule:
@@ -246,4 +277,4 @@ rule(_k.Softmax, bound=0.5)
 rule(_k.ReLU, bound=_relu, rounding=_slope_rounding)
 rule(_k.LeakyReLU, bound=_leaky, rounding=_slope_rounding)
 rule(_k.PReLU, bound=_prelu, rounding=_slope_rounding)
-rule(_k.ELU, bound=_elu)
+rule(_k.ELU, bound=_elu, rounding=_elu_rounding)
