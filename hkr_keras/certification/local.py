@@ -147,7 +147,7 @@ def _read(model: Any) -> _Links:
 def _check_numbers(model: Any, kernels: list[np.ndarray]) -> None:
     """Refuses half precision, whose rounding moves inputs and jumps, and numbers near the ends of float64."""
     for layer in flattened_layers(model):
-        dtypes = {str(layer.compute_dtype), str(layer.variable_dtype)}
+        dtypes = {str(layer.compute_dtype), str(layer.variable_dtype), str(layer.dtype)}  # the last, of inputs
         if not dtypes <= {"float32", "float64"}:
             raise ValueError(
                 "Expected layers and inputs of float32 or float64, for bounds around inputs. "
