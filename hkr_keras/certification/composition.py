@@ -16,7 +16,7 @@ from hkr_keras import layers
 from hkr_keras.certification.floating_point import UNIT_ROUNDOFF, accumulated
 from hkr_keras.certification.operators import Matrix
 from hkr_keras.certification.singular_values import as_float64, matrix_spectrum
-from hkr_keras.layers.orthogonal import two_tap_steps
+from hkr_keras.layers.orthogonal import _two_tap_steps
 
 __all__ = ["Reflector", "composition_error", "product_error", "reflector", "reflector_operator"]
 
@@ -91,7 +91,7 @@ def _orthogonal(layer: Any) -> float:
     channels, filters = mixing.shape[-2:]
     kernel = mixing.reshape(*strides, channels, groups, filters // groups)
     kernel = kernel.transpose(rank + 1, rank, *range(rank), rank + 2)
-    steps = two_tap_steps(layer.kernel_size, strides)
+    steps = _two_tap_steps(layer.kernel_size, strides)
     bases = None
     if layer.bases is not None:
         bases = as_float64(layer.bases).transpose(1, 0, 2).reshape(len(steps), groups, channels, -1)
