@@ -118,7 +118,7 @@ def _orthogonal(layer: Any) -> float:
         growth = max(1.0, 2 * _norm(base) ** 2 - 1)
         error = error * (growth + 2 * off) + 2 * off * norm + 2 * rounded + sums
         norm, kernel = norm * growth, new
-    kernel = kernel[:, : layer._inputs]
+    kernel = kernel[:, : layer.kernel.shape[-2]]
     error += 2 * _u * (_strided(kernel, strides) + error)
     shrunk = (1.0 - 2.0**-18) * kernel
     present = as_float64(layer.kernel)
@@ -258,7 +258,7 @@ def reflector(layer: Any) -> Reflector:
     known = of_gram / least <= 0.01 and turned <= 0.01
     error = sensitivity + across * (1 + 4 * (apart + inner)) + 6 * across**2 if known else math.inf
     kernel = np.eye(size) - 2 * factor @ (2 * np.eye(rank) - factor.T @ factor) @ factor.T
-    kernel = (1.0 - 2.0**-18) * kernel[: layer._inputs, : layer.units]
+    kernel = (1.0 - 2.0**-18) * kernel[: layer.kernel.shape[0], : layer.units]
     return Reflector(
         factor=factor, kernel=kernel, near=across + near, sensitivity=min(sensitivity, 1.0), error=error + _FLUSHED
     )

@@ -95,7 +95,7 @@ def _scaled(array: np.ndarray, numbers: np.ndarray) -> tuple[np.ndarray, float]:
     return product, (2 * MACHINE_EPSILON * _length(product) + SMALLEST_NORMAL_64 * product.size) * _UP
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Matrix:
     """Multiplies the last axis of an input by a matrix.
 
@@ -111,9 +111,9 @@ class Matrix:
     [[2.0, 0.0], [0.0, 3.0]]
     """
 
-    matrix: np.ndarray
-    error: float = 0.0
-    relative: float = 0.0
+    matrix: np.ndarray = dataclasses.field(kw_only=False)
+    error: float = dataclasses.field(default=0.0, kw_only=False)
+    relative: float = dataclasses.field(default=0.0, kw_only=False)
     limit: float = math.inf
 
     @property
