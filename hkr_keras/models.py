@@ -4,7 +4,8 @@ Their heads have `UnitNorm`: outputs are 1-Lipschitz one by one. With `head_cons
 together, and any two classes are equally far apart, which certifies more with losses of margins (`docs/results.md`).
 """
 
-from collections.abc import Sequence
+import numbers
+from collections.abc import Iterable, Sequence
 
 import keras
 import numpy as np
@@ -225,9 +226,12 @@ def monotone(model: keras.Model, slope: float, features: Sequence[int]) -> keras
             "Expected a model with one input (n, features) and one output (n, k). "
             f"Received: input_shape={shape}, output_shape={outputs}"
         )
-    chosen = list(features)
-    if not chosen or len(set(chosen)) < len(chosen) or not all(0 <= i < shape[1] for i in chosen):
-        raise ValueError(f"Expected different features from 0 to {shape[1] - 1}. Received: features={chosen}")
+    chosen = list(features) if isinstance(features, Iterable) else []
+    integers = all(isinstance(i, numbers.Integral) and not isinstance(i, bool) for i in chosen)
+    if not chosen or not integers or len(set(chosen)) < len(chosen) or not all(0 <= i < shape[1] for i in chosen):
+        raise ValueError(f"Expected different features from 0 to {shape[1] - 1}. Received: features={features}")
+    if not isinstance(slope, numbers.Real):
+        raise ValueError(f"Expected a number. Received: slope={slope!r}")
     (state,) = model_states(model)
     bound = lipschitz_bound(model)
     if state.tail is not None:  # every output by itself

@@ -123,10 +123,12 @@ def test_monotone_models_are_trained_stored_and_checked_again(tmp_path):
 
 
 def test_monotone_models_want_features_and_shapes_that_exist():
-    for features in ([], [5], [-1], [1, 1]):
+    for features in ([], [5], [-1], [1, 1], [0.0], ["0"], [False, True], None):
         with pytest.raises(ValueError, match="different features from 0 to 4"):
             hkr.monotone(tabular(), 2.0, features)
     with pytest.raises(ValueError, match="slope of at least"):
         hkr.monotone(tabular(), np.inf, [0])
+    with pytest.raises(ValueError, match="slope='a'"):
+        hkr.monotone(tabular(), "a", [0])
     with pytest.raises(ValueError, match="one input"):
         hkr.monotone(SMALL["mlp"](), 2.0, [0])

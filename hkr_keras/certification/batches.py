@@ -118,12 +118,10 @@ def check_inputs(model: keras.Model, x: Any) -> list[np.ndarray]:
     """
     inputs = getattr(model, "inputs", None) or []
     if isinstance(x, dict) and inputs:
-        names = [tensor.name for tensor in inputs]
-        if by_name := _by_name(model):
-            names = [next(name for name, own in by_name.items() if own is tensor) for tensor in inputs]
-        if set(names) != set(x):
-            raise ValueError(f"Expected the inputs {names}. Received: x with {sorted(x)}")
-        x = [x[name] for name in names]
+        by_name = isinstance(_structure(model), dict)
+        structure = _structure(model) if by_name else {tensor.name: tensor for tensor in inputs}
+        given = {id(tensor): value for tensor, value in _paired(structure, x)}
+        x = [given[id(tensor)] for tensor in inputs]
     arrays = _arrays(x, len(inputs))
     if not arrays or any(array.size == 0 or array.ndim == 0 for array in arrays):
         raise ValueError(f"Expected at least one input. Received: x with shapes {[array.shape for array in arrays]}")
@@ -167,17 +165,38 @@ def _check_batched(model: keras.Model, arrays: list[np.ndarray]) -> None:
             )
 
 
-def _by_name(model: keras.Model) -> dict[str, Any] | None:
-    """The symbolic inputs of a model that was made of a dictionary of them."""
-    inputs = getattr(model, "input", None)
-    return inputs if isinstance(inputs, dict) else None
+def _structure(model: keras.Model) -> Any:
+    """The symbolic inputs as they were given when the model was made: one, or lists and dictionaries of them."""
+    return getattr(model, "input", None)
+
+
+def _paired(structure: Any, x: Any, name: str = "x") -> Iterator[tuple[Any, Any]]:
+    """Each symbolic input, and the values for it in x, which has the same structure.
+
+    Raises:
+        ValueError: for another one.
+    """
+    if isinstance(structure, dict):
+        if not isinstance(x, dict) or set(x) != set(structure):
+            received = sorted(x, key=str) if isinstance(x, dict) else type(x).__name__
+            raise ValueError(f"Expected the inputs {list(structure)}. Received: {name} with {received}")
+        for key, part in structure.items():
+            yield from _paired(part, x[key], f"{name}[{key!r}]")
+    elif isinstance(structure, (list, tuple)):
+        if not isinstance(x, (list, tuple)) or len(x) != len(structure):
+            raise ValueError(f"Expected a list of {len(structure)} inputs. Received: {name} of type {type(x).__name__}")
+        for index, (part, values) in enumerate(zip(structure, x, strict=True)):
+            yield from _paired(part, values, f"{name}[{index}]")
+    else:
+        yield structure, x
 
 
 def structured(model: keras.Model, arrays: list[Any]) -> Any:
-    """Arrays in the order of the inputs, as the model takes them: one, a list, or a dictionary."""
-    if by_name := _by_name(model):
-        position = {id(tensor): i for i, tensor in enumerate(model.inputs)}
-        return {name: arrays[position[id(tensor)]] for name, tensor in by_name.items()}
+    """Arrays in the order of the inputs, as the model takes them: one, or lists and dictionaries of them."""
+    structure = _structure(model)
+    if isinstance(structure, (dict, list, tuple)):
+        own = {id(tensor): array for tensor, array in zip(model.inputs, arrays, strict=True)}
+        return keras.tree.map_structure(lambda tensor: own[id(tensor)], structure)
     return arrays if len(arrays) > 1 else arrays[0]
 
 

@@ -62,6 +62,23 @@ def _curve(radius: np.ndarray, name: str) -> str:
     return _display.curve(distances, np.array([(radius > distance).mean() for distance in distances]), name)
 
 
+def _labels_of(certificate: Any, y: Any, classes: int) -> np.ndarray:
+    """The classes that are given, or those that came with the inputs; both must agree: data may be shuffled."""
+    if y is None and certificate.labels is None:
+        raise ValueError("Expected labels, since none came with the inputs. Received: y=None")
+    labels = margins.class_indices(certificate.labels if y is None else y, classes)
+    if len(labels) != len(certificate.radius):
+        raise ValueError(f"Expected {len(certificate.radius)} labels, one per input. Received: len(y)={len(labels)}")
+    if y is not None and certificate.labels is not None:
+        differ = int((labels != margins.class_indices(certificate.labels, classes)).sum())
+        if differ:
+            raise ValueError(
+                "Expected y=None, or the labels that come with the data, in their order. "
+                f"Received: y that differs from these for {differ} inputs"
+            )
+    return labels
+
+
 @dataclasses.dataclass(frozen=True)
 class Report:
     """A table of certified accuracies: `str(report)`, `print(report)`, or the last line of a notebook cell.
@@ -159,12 +176,7 @@ class Certificate(_display.Results):
         return {"label": self._labels(y), **columns, "correct": self.is_correct(y)}
 
     def _labels(self, y: Any) -> np.ndarray:
-        if y is None and self.labels is None:
-            raise ValueError("Expected labels, since none came with the inputs. Received: y=None")
-        labels = margins.class_indices(self.labels if y is None else y, self.classes)
-        if len(labels) != len(self.radius):
-            raise ValueError(f"Expected {len(self.radius)} labels, one per input. Received: len(y)={len(labels)}")
-        return labels
+        return _labels_of(self, y, self.classes)
 
     def is_correct(self, y: Any = None) -> np.ndarray:
         """Which predictions match the labels, `(n,)` booleans. Labels `(n,)`, `(n, 1)` or one-hot."""
@@ -578,12 +590,7 @@ class TopKCertificate(_display.Results):
         return columns if y is None and self.labels is None else {"label": self._labels(y), **columns}
 
     def _labels(self, y: Any) -> np.ndarray:
-        if y is None and self.labels is None:
-            raise ValueError("Expected labels, since none came with the inputs. Received: y=None")
-        labels = margins.class_indices(self.labels if y is None else y, self.radius.shape[1])
-        if len(labels) != len(self.radius):
-            raise ValueError(f"Expected {len(self.radius)} labels, one per input. Received: len(y)={len(labels)}")
-        return labels
+        return _labels_of(self, y, self.radius.shape[1])
 
     def accuracy(self, y: Any = None, epsilon: float | Sequence[float] = 0.0) -> Any:
         """Share of inputs whose true class provably stays among the k largest within an L2 distance of epsilon.

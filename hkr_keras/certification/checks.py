@@ -36,6 +36,7 @@ __all__ = [
 
 #: What a subclass may override: construction and configuration. Bounds are read from the stored weights.
 _HARMLESS = {"build", "add_weight", "get_config", "from_config", "enable_lora", "quantize", "loss", "as_keras"}
+_OURS = ("keras.", "hkr_keras.", "torch.", "tensorflow.", "flax.", "builtins")
 _ACCESS = {"__call__", "__getattribute__", "__getattr__"}
 _GRAPH = {"call", "forward", "layers", "inputs", "outputs", "operations", *_ACCESS}
 
@@ -88,7 +89,9 @@ def check_is_itself(layer: Any, known: type | None) -> None:
             f"Received: {type(layer).__name__} '{layer.name}', which overrides {', '.join(sorted(changed))}"
         )
     if known is not None and known.__module__.startswith(("keras.", "hkr_keras.")):
-        patched = [name for name in ("__call__", "call") if not _is_ours(getattr(known, name, None))]
+        ours = [cls for cls in known.__mro__ if cls.__module__.startswith(_OURS)]
+        methods = [item for cls in ours for item in vars(cls).items() if callable(item[1])]
+        patched = [name for name, method in methods if not _is_ours(method)]
         if patched:
             raise ValueError(
                 f"Expected {known.__name__} to compute what Keras or this package defines. "
@@ -120,7 +123,7 @@ def _check_no_mask_of_its_own(layer: Any) -> None:
 
 
 def _is_ours(function: Any) -> bool:
-    return getattr(function, "__module__", "keras.").startswith(("keras.", "hkr_keras.", "torch."))
+    return (getattr(function, "__module__", None) or "keras.").startswith(_OURS)
 
 
 def check_no_hooks(layer: Any) -> None:

@@ -171,7 +171,9 @@ def _link(place: Application, states: list[_Links]) -> _Links:
         is_start = known in (keras.layers.Flatten, keras.layers.InputLayer) and in_order and not kernels
         if is_start or isinstance(operator, str):
             return kernels, biases, slopes
-        matrix = operator.matrix if isinstance(layer, keras.layers.Dense) and isinstance(operator, Matrix) else None
+        matrix = None
+        if isinstance(layer, keras.layers.Dense) and isinstance(operator, Matrix) and not operator.total_error:
+            matrix = operator.matrix  # exactly
         slope = _slope_below(layer if matrix is None else layer.activation)
         shape = place.shapes[0]
         if matrix is not None and slope is not None and (shape is None or len(shape) == 2):
@@ -195,17 +197,19 @@ def _slope_below(activation: Any) -> float | None:
     if known is keras.layers.LeakyReLU or (
         known is keras.layers.ReLU and activation.max_value is None and not activation.threshold
     ):
-        slope = float(activation.negative_slope or 0.0)
+        slope = float(np.float32(activation.negative_slope or 0.0))  # as it is deployed
         return slope if 0 <= slope <= 1 else None
     if activation in (None, keras.activations.linear):
         return 1.0
     if activation in (keras.activations.leaky_relu, keras.ops.leaky_relu):
-        return 0.2
+        return float(np.float32(0.2))
     return 0.0 if activation in (keras.activations.relu, keras.ops.relu) else None
 
 
 def _flat(model: Any, x: Any) -> np.ndarray:
     points = np.asarray(x, dtype=np.float64)
+    if np.any(np.asarray(x, dtype=np.longdouble) != points):
+        raise ValueError("Expected finite inputs that float64 can hold. Received: x with longer numbers, or NaN")
     shape = tuple(model.input_shape[1:])
     fits = points.ndim == len(shape) + 1 and all(b in (None, a) for a, b in zip(points.shape[1:], shape, strict=True))
     if not fits or not len(points) or not np.isfinite(points).all():

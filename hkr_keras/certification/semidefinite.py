@@ -16,6 +16,7 @@ from hkr_keras.certification.singular_values import matrix_spectrum
 __all__ = ["semidefinite_bound"]
 
 _POWERS = (4, 16, 64, 256)  # of the Schatten norms that stand for the largest eigenvalue, from smooth to sharp
+_LEAST = 1e-290  # of products: below, the search is not worth what underflows
 _MEMORY = 12  # pairs of steps and changes of the gradient
 
 
@@ -75,11 +76,9 @@ def semidefinite_bound(
     up = 1 + 8 * len(kernels) * MACHINE_EPSILON
     # kernels one after another replaced by the true ones: the product of all others with the error of that one
     true = [norm + error for norm, error in zip(norms, errors or [0.0] * len(norms), strict=True)]
-    moved = sum(
-        math.prod(norms[:i]) * error * math.prod(true[i + 1 :]) for i, error in enumerate(errors or [])
-    ) * math.prod(slopes)
-    product = math.prod(true) * math.prod(slopes) * up
-    if len(kernels) == 1 or not 0 < product < math.inf:
+    moved = sum(_product([*norms[:i], error, *true[i + 1 :], *slopes]) for i, error in enumerate(errors or []))
+    product = _product([*true, *slopes]) * up
+    if len(kernels) == 1 or min(product, _product(slopes)) <= _LEAST or product == math.inf:
         return product
     exponents = [math.frexp(norm)[1] for norm in norms]
     scaled = [np.ldexp(kernel, -exponent) for kernel, exponent in zip(kernels, exponents, strict=True)]
@@ -87,6 +86,21 @@ def semidefinite_bound(
     factor = math.ldexp(math.prod(slopes), sum(exponents)) * up
     tiny = np.finfo(np.float64).tiny * sum(kernel.size for kernel in kernels)  # what scaling can have lost
     return float(min(product, (factor * (_proven(scaled, multipliers) + tiny) + moved) * up))
+
+
+def _product(factors: Sequence[float]) -> float:
+    """An upper bound on a product of numbers from 0 up, whose partial products may leave the range of float64."""
+    if 0.0 in factors:
+        return 0.0
+    mantissa, exponent = 1.0, 0
+    for factor in factors:
+        part, shift = math.frexp(factor)
+        mantissa, more = math.frexp(mantissa * part)
+        exponent += shift + more
+    if exponent > 1024:
+        return math.inf
+    found = math.ldexp(mantissa, exponent) * (1 + 2 * len(factors) * MACHINE_EPSILON)
+    return max(found, float(np.finfo(np.float64).tiny))
 
 
 def _proven(kernels: list[np.ndarray], multipliers: list[np.ndarray]) -> float:

@@ -1,7 +1,7 @@
 """Rebuilds a model: the same graph, made of other layers."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import keras
@@ -17,6 +17,7 @@ __all__ = [
     "calls_of",
     "copied",
     "from_config",
+    "give_weights",
     "is_model",
     "operations_of",
 ]
@@ -146,11 +147,26 @@ def copied(layer: Layer) -> StandIns:
     new = type(layer).from_config(layer.get_config())
 
     def fill() -> None:
-        new.set_weights(layer.get_weights())
+        give_weights(new, layer.get_weights())
         if isinstance(new, _k.Normalization) and new.weights:
             new.finalize_state()
 
     return [new], fill
+
+
+def give_weights(new: Layer, weights: Sequence[Any]) -> None:
+    """Sets the weights of a layer that was made from the configuration of another one.
+
+    Raises:
+        ValueError: where that configuration makes other weights than the layer had.
+    """
+    given, made = [tuple(weight.shape) for weight in weights], [tuple(weight.shape) for weight in new.weights]
+    if given != made:
+        raise ValueError(
+            "Expected layers with the weights that their configuration makes, which was edited behind them: make the "
+            f"layer anew. Received: {type(new).__name__} '{new.name}' with weights of shapes {given} instead of {made}"
+        )
+    new.set_weights(weights)
 
 
 def from_config(cls: type, layer: Layer, **changes: Any) -> Layer:

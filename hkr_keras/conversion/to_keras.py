@@ -19,6 +19,7 @@ from hkr_keras.conversion.rebuilding import (
     calls_of,
     copied,
     from_config,
+    give_weights,
     is_model,
     operations_of,
 )
@@ -172,7 +173,7 @@ class _PlainLayers:
     def fill(self) -> None:
         for new, weights in self.waiting:
             if len(weights):
-                new.set_weights(weights)
+                give_weights(new, weights)
 
 
 # ---- layers as activations ------------------------------------------------------------------------------
@@ -203,7 +204,7 @@ def _split(layer: Layer) -> StandIns:
     own = [weight for weight in layer.weights if all(weight is not other for other in activation.weights)]
 
     def fill() -> None:
-        new.set_weights(own)
+        give_weights(new, own)
         if activation.weights:  # otherwise it was never called, and starts as any copy does
             behind.set_weights(activation.weights)
 

@@ -322,3 +322,18 @@ def test_results_are_shown_and_tabled(model, tmp_path):
         result.to_csv(tmp_path / "rows.csv")
         assert len((tmp_path / "rows.csv").read_text().splitlines()) == 23
         assert len(repr(result)) < 120
+
+
+def test_inputs_are_as_nested_as_those_of_the_model():
+    keras.utils.set_random_seed(0)
+    first, second, third = (keras.Input((1,), name=name) for name in ("a1", "a2", "b"))
+    joined = keras.layers.Concatenate()([first, second, third])
+    model = keras.Model({"a": [first, second], "b": third}, keras.layers.Dense(3)(joined))
+    x = [X[:, i : i + 1] for i in range(3)]
+    expected = hkr.certify(keras.Model([first, second, third], model.output), x, verbose=0)
+    for given in ({"b": x[2], "a": x[:2]}, x):
+        found = hkr.certify(model, given, verbose=0)
+        np.testing.assert_allclose(found.radius, expected.radius)
+    for wrong in ({"a": x[:2]}, {"a": x[0], "b": x[2]}, {"a": x, "b": x[2]}):
+        with pytest.raises(ValueError, match="Expected"):
+            hkr.certify(model, wrong, verbose=0)

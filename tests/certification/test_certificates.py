@@ -13,6 +13,7 @@ from helpers import normal, to_numpy
 import hkr_keras as hkr
 from hkr_keras import Certificate, bounds, certify
 from hkr_keras.certification import evaluation
+from hkr_keras.certification.certificates import TopKCertificate
 
 FEATURES = 6
 
@@ -627,3 +628,16 @@ def test_a_float64_input_is_rounded_all_the_same():
         layer = keras.layers.Dense(1, kernel_initializer=ones, bias_initializer=bias, dtype="float32")
         model = keras.Sequential([keras.Input((1,), dtype=dtype), layer])
         assert certify(model, np.array([[1e8 + 5.0]]), verbose=0).radius[0] <= 5.0
+
+
+def test_labels_that_differ_from_those_of_the_data_are_refused():
+    kinds = {"radius": np.ones(3), "bound": 1.0}
+    certificate = hkr.Certificate(prediction=np.arange(3), classes=3, method="pairwise", labels=np.arange(3), **kinds)
+    assert certificate.accuracy(np.eye(3)) == 1.0
+    with pytest.raises(ValueError, match="differs from these for 2 inputs"):
+        certificate.accuracy([0, 2, 1])
+    kinds["radius"] = np.ones((3, 3))
+    top = TopKCertificate(k=1, rigorous=False, labels=np.arange(3), **kinds)
+    assert top.accuracy([0, 1, 2]) == 1.0
+    with pytest.raises(ValueError, match="differs from these for 3 inputs"):
+        top.accuracy([1, 2, 0])

@@ -9,6 +9,7 @@ from helpers import explicit_operator, largest_singular_value, to_numpy
 import hkr_keras as hkr
 from hkr_keras import bounds
 from hkr_keras.certification.local import local_radii
+from hkr_keras.certification.semidefinite import semidefinite_bound
 
 K, L = keras.layers, hkr.layers
 
@@ -373,3 +374,28 @@ def test_a_mean_over_inputs_of_several_channels_is_refused():
     layer, inputs = L.ScaledAveragePooling1D(3, 1, padding="same"), (keras.Input((4, 2)), keras.Input((9, 5)))
     with pytest.raises(ValueError, match="one number of channels"):
         hkr.to_keras(keras.Model(list(inputs), [layer(each) for each in inputs]))
+
+
+def test_replaced_helpers_of_keras_are_seen(monkeypatch):
+    base = next(cls for cls in K.Conv1D.__mro__ if "convolution_op" in vars(cls))
+    old = base.convolution_op
+    monkeypatch.setattr(base, "convolution_op", lambda self, *arguments: 10 * old(self, *arguments))
+    with pytest.raises(ValueError, match="convolution_op was replaced"):
+        hkr.lipschitz_bound(keras.Sequential([keras.Input((4, 1)), K.Conv1D(1, 1)]))
+
+
+@pytest.mark.parametrize("down_first", [True, False])
+def test_products_may_leave_the_range_of_float64_on_the_way(down_first):
+    """The product of all constants is 1."""
+    scales = [1e-38] * 10 + [1e38] * 10
+    kernels = [np.eye(2) * scale for scale in (scales if down_first else scales[::-1])]
+    assert semidefinite_bound(kernels) == pytest.approx(1.0)
+
+
+def test_local_bounds_know_what_is_deployed():
+    model = keras.Sequential([keras.Input((1,)), K.Dense(1), K.LeakyReLU(0.1), K.Dense(1)])
+    model.set_weights([np.ones((1, 1)), np.zeros(1)] * 2)
+    stored = float(np.float32(0.1))
+    assert stored <= hkr.local_bound(model, [[-2.0]], 0.1)[0] <= stored * (1 + 1e-9)
+    with pytest.raises(ValueError, match="float64 can hold"):
+        hkr.local_bound(model, np.array([[2**53 + 1]]), 0.1)

@@ -258,3 +258,12 @@ def test_masks_reach_what_reads_them_or_are_refused():
     np.testing.assert_allclose(to_numpy(hkr.to_keras(kept)(x)), to_numpy(kept(x)), atol=1e-6)
     with pytest.raises(ValueError, match=r"Received: masks of masking, and Scaled.* 'pool'"):
         hkr.to_keras(model(L.ScaledGlobalAveragePooling1D(name="pool")))
+
+
+@pytest.mark.parametrize("make", [lambda: K.Dense(2), lambda: L.LipschitzDense(2), K.BatchNormalization])
+def test_settings_that_were_edited_are_refused(make):
+    layer = make()
+    model = keras.Sequential([keras.Input((3,)), layer])
+    setattr(layer, "scale" if hasattr(layer, "moving_mean") else "use_bias", False)
+    with pytest.raises(ValueError, match="weights that their configuration makes"):
+        hkr.to_keras(model)
