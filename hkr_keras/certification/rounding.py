@@ -190,6 +190,11 @@ def _output(place: Application, traces: list[Trace], known: _Known) -> tuple[Tra
         rounding = known.rule(arguments, value)
         centre_error = _carried(layer, [trace.centre_error for trace in singles], known.bound) + rounding.at_centre
     slopes = rounding.slope if isinstance(rounding.slope, tuple) else (rounding.slope,)
+    if any(np.any(np.asarray(part) < 0) for part in (rounding.at_centre, rounding.composed, *slopes)):
+        raise ValueError(
+            "Expected a rule of rounding that gives numbers of at least 0. "
+            f"Received: {rounding} for {type(layer).__name__} '{layer.name}'"
+        )
     added = Affine(rounding.at_centre, 0.0)
     for slope, single in zip(slopes, singles, strict=True):
         added = added + single.spread().times(slope)

@@ -7,7 +7,7 @@ import pytest
 from helpers import explicit_operator, largest_singular_value, to_numpy
 
 import hkr_keras as hkr
-from hkr_keras import bounds
+from hkr_keras import bounds, rounding
 from hkr_keras.certification.local import local_radii
 from hkr_keras.certification.semidefinite import semidefinite_bound
 
@@ -399,3 +399,15 @@ def test_local_bounds_know_what_is_deployed():
     assert stored <= hkr.local_bound(model, [[-2.0]], 0.1)[0] <= stored * (1 + 1e-9)
     with pytest.raises(ValueError, match="float64 can hold"):
         hkr.local_bound(model, np.array([[2**53 + 1]]), 0.1)
+
+
+class Renamed(K.ReLU):
+    """A ReLU with a rounding of its own."""
+
+
+@pytest.mark.parametrize(("at_centre", "slope"), [(-1.0, 0.0), (0.0, -1.0)])
+def test_rules_of_rounding_are_not_negative(at_centre, slope):
+    rounding.layer_rounding.register(Renamed, lambda layer: lambda x, y: rounding.Rounding(at_centre, slope))
+    model = keras.Sequential([keras.Input((2,)), Renamed(), K.Dense(2)])
+    with pytest.raises(ValueError, match=r"rule of rounding .* Renamed"):
+        hkr.certify(model, np.ones((1, 2), "float32"), verbose=0, rigorous=True)
