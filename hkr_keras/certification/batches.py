@@ -141,11 +141,14 @@ def check_inputs(model: keras.Model, x: Any) -> list[np.ndarray]:
 
 
 def _arrays(x: Any, inputs: int) -> list[np.ndarray]:
-    """One array per input: a list is a list of them, unless the model has one input and the list is of numbers."""
+    """One array per input: a list is a list of them, unless the model has one input and the list is of samples."""
     flat = keras.tree.flatten(x)
     if inputs == 1 and isinstance(x, (list, tuple)) and len(x) > 0 and all(np.ndim(value) == 0 for value in flat):
         return [np.asarray(x)]
-    return [_to_numpy(array) for array in flat]
+    arrays = [_to_numpy(array) for array in flat]
+    if inputs == 1 and len(arrays) > 1 and len({array.shape for array in arrays}) == 1:
+        return [np.stack(arrays)]
+    return arrays
 
 
 def _check_batched(model: keras.Model, arrays: list[np.ndarray]) -> None:

@@ -42,7 +42,7 @@ def to_keras(model: keras.Model, kernels_only: bool = False) -> keras.Model:
     Args:
         model: a built Sequential or functional model, nested or not.
         kernels_only: whether to convert only the layers with a kernel and leave the other layers of this package as
-            they are. Such a model can still be certified, and with `rigorous=True` where composed kernels could not.
+            they are. Such a model can still be certified, with `rigorous=True` too.
 
     An activation that is a layer becomes a layer of its own, behind the one whose argument it was.
 

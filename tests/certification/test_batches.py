@@ -76,7 +76,7 @@ def test_labels_stay_with_the_certificate(model, name):
     assert hkr.certify_top_k(model, LABELLED[name](), 2, verbose=0).accuracy(epsilon=0.1) <= 1
 
 
-@pytest.mark.parametrize("x", [X.tolist(), [X], (row for row in (X[:10], X[10:])), X.astype("float64")])
+@pytest.mark.parametrize("x", [X.tolist(), [X], list(X), (row for row in (X[:10], X[10:])), X.astype("float64")])
 def test_without_labels(model, x):
     found = hkr.certify(model, x, verbose=0)
     np.testing.assert_allclose(found.radius, hkr.certify(model, X, verbose=0).radius, rtol=1e-4, atol=1e-6)
