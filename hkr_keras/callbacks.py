@@ -12,6 +12,7 @@ from hkr_keras import constraints, losses, margins
 from hkr_keras._hints import renamed
 from hkr_keras._registration import registered
 from hkr_keras._validation import number
+from hkr_keras.certification.batches import check_inputs, yields_batches
 from hkr_keras.certification.bounds import lipschitz_bound
 from hkr_keras.certification.certificates import certify
 from hkr_keras.certification.singular_values import kernel_spectrum
@@ -294,8 +295,9 @@ class CertifiedEvaluation(keras.callbacks.Callback):
         rigorous: whether the numbers cover the rounding of the float32 network, as in `certify`.
 
     Raises:
-        ValueError: when training begins, for what `certify` refuses (a layer without a bound, inputs of another shape
-            or type than the model's), labels that do not fit, and a negative epsilon.
+        ValueError: when training begins, for what `certify` refuses (a layer without a bound, a score of one sign,
+            inputs of another shape or type than the model's, or NaN), labels that do not fit, and a negative epsilon.
+            Of data that yield batches, shapes and labels are seen when they are read, after the first epoch.
 
     Example:
 
@@ -331,17 +333,26 @@ class CertifiedEvaluation(keras.callbacks.Callback):
     def on_train_begin(self, logs: Any = None) -> None:
         for epsilon in self.epsilons:
             number("epsilon", epsilon)
-        leaves = keras.tree.flatten(self.x)
-        if not all(len(getattr(leaf, "shape", ())) > 0 for leaf in leaves):  # a data set, which may be read once only
-            lipschitz_bound(self.model)
-            return
-        first = keras.tree.map_structure(lambda leaf: leaf[: self.batch_size], self.x)
-        certificate = certify(self.model, first, self.batch_size, verbose=0, rigorous=self.rigorous)
-        labels = None if self.y is None else margins.class_indices(self.y, certificate.classes)
-        if labels is not None and len(labels) != len(leaves[0]):
-            raise ValueError(
-                f"Expected as many labels as inputs. Received: len(y)={len(labels)}, len(x)={len(leaves[0])}"
-            )
+        model, streamed = self.model, yields_batches(self.x)
+        inputs = getattr(model, "inputs", None) or []
+        if not streamed:
+            arrays = check_inputs(model, self.x)
+            given = None if self.y is None else np.shape(self.y)
+            if not given or given[0] != len(arrays[0]):
+                received = f"len(y)={given[0]}" if given else f"y={self.y}"
+                raise ValueError(f"Expected as many labels as inputs. Received: {received}, len(x)={len(arrays[0])}")
+        elif any(None in tensor.shape[1:] for tensor in inputs):
+            arrays = []
+        else:  # data that may be read once only: an input of zeros tells what is refused whatever they are
+            arrays = [np.zeros((1, *tensor.shape[1:])) for tensor in inputs]
+        if not lipschitz_bound(model) or not arrays:
+            return  # a bound of 0 is that of kernels that start at zero, and do not stay there
+        first = [array[: self.batch_size] for array in arrays]
+        certificate = certify(
+            model, first if len(first) > 1 else first[0], self.batch_size, verbose=0, rigorous=self.rigorous
+        )
+        if not streamed:
+            margins.class_indices(self.y, certificate.classes)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         if logs is None:

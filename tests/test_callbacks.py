@@ -757,8 +757,21 @@ def test_loggers_that_come_later_see_the_numbers(tmp_path):
         ((X, Y[:-1], [0.1]), r"Received: len\(y\)=23, len\(x\)=24"),
         ((X, Y + 0.5, [0.1]), r"Received: y\.shape="),
         ((X[:, :5], Y, [0.1]), "Received: "),
+        ((X[:, :5].tolist(), Y, [0.1]), r"Received: .* of shape \(24, 5\)"),
+        ((X.tolist(), Y[:3], [0.1]), r"Received: len\(y\)=3, len\(x\)=24"),
+        ((X, None, [0.1]), r"as many labels as inputs\. Received: y=None"),
+        ((X, 1, [0.1]), r"as many labels as inputs\. Received: y=1"),
+        ((X.astype(str), Y, [0.1]), "Received: x of dtypes"),
+        ((X.astype(complex), Y, [0.1]), "Received: x of dtypes"),
+        ((np.where(np.arange(N)[:, None] == N - 1, np.nan, X), Y, [0.1], 8), "NaN"),
+        (([X, X[:8]], Y, [0.1], 8), "Received: "),
+        ((X, Y, ["a"]), "Received: epsilon=a"),
+        ((X, Y, [0.1], 0), "Received: batch_size=0"),
     ],
-    ids=["negative", "nan", "length", "labels", "shape"],
+    ids=[
+        *("negative", "nan", "length", "labels", "shape", "shape of a list", "length of lists", "no labels"),
+        *("one label", "text", "complex", "nan at the end", "two inputs", "text as epsilon", "no batches"),
+    ],
 )
 def test_certified_evaluation_refuses_before_the_first_step(arguments, message):
     model = compiled(our_model())
@@ -778,3 +791,37 @@ def test_layers_without_a_bound_are_refused_before_the_first_step(make):
     with pytest.raises(ValueError, match="multiply"):
         fit(model, make())
     assert all(np.array_equal(old, host(new)) for old, new in zip(before, model.weights, strict=True))
+
+
+class Batches(keras.utils.PyDataset):
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, index):
+        part = slice(BATCH * index, BATCH * (index + 1))
+        return X[part], Y[part]
+
+
+@pytest.mark.parametrize("data", [lambda: (X, Y), lambda: (Batches(), None)], ids=["arrays", "batches"])
+@pytest.mark.parametrize(
+    ("last", "rigorous", "message"),
+    [
+        (lambda: [keras.layers.Dense(1, "sigmoid")], False, "remove the final activation"),
+        (lambda: [keras.layers.Dense(1, dtype="mixed_bfloat16")], False, "float32"),
+        (lambda: [keras.layers.Dense(4, "gelu"), keras.layers.Dense(1)], True, "rounding in float32"),
+        (lambda: [keras.layers.UnitNormalization(), keras.layers.Dense(1)], False, "UnitNormalization"),
+    ],
+    ids=["sigmoid", "half precision", "rounding", "no bound"],
+)
+def test_models_without_certificates_are_refused_before_the_first_step(last, rigorous, message, data):
+    callback = CertifiedEvaluation(*data(), [0.1], rigorous=rigorous)
+    callback.set_model(keras.Sequential([keras.Input((6,)), *last()]))
+    with pytest.raises(ValueError, match=message):
+        callback.on_train_begin()
+
+
+@pytest.mark.parametrize("data", [lambda: (X, Y), lambda: (Batches(), None)], ids=["arrays", "batches"])
+def test_kernels_that_start_at_zero_may_be_evaluated(data):
+    model = compiled(keras.Sequential([keras.Input((6,)), keras.layers.Dense(1, kernel_initializer="zeros")]))
+    history = fit(model, CertifiedEvaluation(*data(), [0.1]))
+    assert history["lipschitz_bound"][-1] > 0

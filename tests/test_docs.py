@@ -79,6 +79,17 @@ def test_names_of_the_migration_tables_exist():
         assert any(each is not None for each in found), name
 
 
+def test_no_page_compares_a_score_with_one_half():
+    """Keras takes `"accuracy"` of one output for that of a probability."""
+    sources = [*PAGES, *sorted((ROOT / "notebooks").glob("*.py")), *sorted((ROOT / "hkr_keras").rglob("*.py"))]
+    binary = re.compile(r"losses\.(HKR|KR|HingeMargin)\b")
+    for source in sources:
+        calls = re.findall(r"\.compile\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)", source.read_text())
+        assert [call for call in calls if binary.search(call) and re.search("[\"']accuracy[\"']", call)] == []
+    for source in (ROOT / "README.md", ROOT / "docs/guide/training.md", ROOT / "notebooks/01_quickstart.py"):
+        assert "metrics.Accuracy()" in source.read_text()
+
+
 RAW = "https://raw.githubusercontent.com/hkr-keras/hkr_keras/main/"
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from hkr_keras.certification.checks import check_model_shapes
 
-__all__ = ["batches", "check_inputs", "structured", "to_float32"]
+__all__ = ["batches", "check_inputs", "structured", "to_float32", "yields_batches"]
 
 Batch = tuple[list[np.ndarray], np.ndarray | None]
 
@@ -39,14 +39,15 @@ def batches(model: keras.Model, x: Any, batch_size: int) -> tuple[Iterator[Batch
     """
     if not isinstance(batch_size, (int, np.integer)) or isinstance(batch_size, bool) or batch_size < 1:
         raise ValueError(f"Expected a batch size of at least 1. Received: batch_size={batch_size}")
-    if _yields_batches(x):
+    if yields_batches(x):
         return _of_stream(model, x), _count(x)
     arrays = check_inputs(model, x)
     starts = range(0, len(arrays[0]), batch_size)
     return (([array[s : s + batch_size] for array in arrays], None) for s in starts), len(starts)
 
 
-def _yields_batches(x: Any) -> bool:
+def yields_batches(x: Any) -> bool:
+    """Whether data yield batches, and are not arrays."""
     if isinstance(x, keras.utils.PyDataset):
         return True
     is_array = isinstance(x, (list, tuple, dict, str, bytes)) or hasattr(x, "__array__") or hasattr(x, "shape")

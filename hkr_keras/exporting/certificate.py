@@ -83,7 +83,8 @@ class ExportedCertificate:
         _check(self.method in _METHODS and (self.method == "score") == (len(distances) == 1), "a method that fits them")
         off = ~np.eye(len(distances), dtype=bool) if len(distances) > 1 else np.ones((1, 1), dtype=bool)
         _check((distances[off] > 0).all() and np.isfinite(distances).all(), "positive and finite constants")
-        _check(not distances[~off].any() and np.allclose(distances, distances.T, rtol=1e-6), "symmetric constants")
+        symmetric = np.allclose(distances, distances.T, rtol=1e-6, atol=0.0)
+        _check(symmetric and not distances[~off].any(), "symmetric constants")
         is_number = isinstance(self.bound, (int, float)) and not isinstance(self.bound, bool)
         _check(is_number and 0 < self.bound < math.inf, "a positive and finite bound")
 

@@ -160,6 +160,7 @@ def _probes(model: keras.Model) -> list[np.ndarray]:
 
 def _difference(model: keras.Model, file: "ExportedModel", probes: list[np.ndarray], bound: float) -> str | None:
     """How outputs of the file differ from those of its model, if by more than float32 rounds on the way."""
+    probes = [np.concatenate([np.zeros_like(probe[:1]), probe]) for probe in probes]  # f(0), of the size of biases
     mine, theirs = Predictor(model, 128)(probes), file.predict(probes).astype(np.float64)
     theirs = theirs.reshape(mine.shape)
     rows = len(mine)

@@ -52,6 +52,10 @@ def test_programs_hold_every_kind(name):
     assert any(name in program.kinds for program in fuzzing.programs(200, seed=3))
 
 
+def test_programs_hold_sixty_kinds():
+    assert len({kind for program in fuzzing.programs(100, seed=3) for kind in program.kinds}) >= 60
+
+
 def test_programs_are_made_from_their_seed_alone():
     first, second = next(fuzzing.programs(1, seed=5)), next(fuzzing.programs(1, seed=5))
     assert dataclasses.asdict(first) == dataclasses.asdict(second)

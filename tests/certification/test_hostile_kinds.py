@@ -151,11 +151,11 @@ def edited_rnn():
     return model, *all_ones(16, 1)
 
 
-def hooked(layer, shape, target=lambda layer: layer):
-    """A tenfold output by a hook of PyTorch; elsewhere there are none."""
+def hooked(layer, shape, target=lambda layer: layer, kind="forward_hook"):
+    """A tenfold output, or input, by a hook of PyTorch; elsewhere there are none."""
     model = sequential(shape, layer)
     if TORCH:
-        target(layer).register_forward_hook(tenfold)
+        getattr(target(layer), f"register_{kind}")(tenfold)
     return model, *all_ones(*shape)
 
 
@@ -252,6 +252,10 @@ HOLDS = {
     "recurrent layer in TimeDistributed twice": lambda: (
         applied(K.TimeDistributed(K.TimeDistributed(built_rnn())), (2, 3, 100, 1)),
         *all_ones(2, 3, 100, 1),
+    ),
+    "recurrent layers of two directions in TimeDistributed": lambda: (
+        applied(K.TimeDistributed(two_directions()), (3, 100, 1)),
+        *all_ones(3, 100, 1),
     ),
     "batch normalization in TimeDistributed": lambda: (
         applied(K.TimeDistributed(built_for(K.BatchNormalization(epsilon=0.0), (1, 4))), (3, 1)),
@@ -387,6 +391,12 @@ HOLDS = {
     # Hooks and methods of instances.
     "hook of a cell": lambda: hooked(linear_rnn(), (2, 1), lambda layer: layer.cell),
     "hook of a wrapped layer": lambda: hooked(K.TimeDistributed(ones()), (2, 3), lambda layer: layer.layer),
+    "hook before a wrapped layer": lambda: hooked(
+        K.TimeDistributed(ones()), (2, 3), lambda layer: layer.layer, "forward_pre_hook"
+    ),
+    "hook before an activation": lambda: hooked(
+        ones(activation=K.ReLU()), (3,), lambda layer: layer.activation, "forward_pre_hook"
+    ),
     "hook of an activation": lambda: hooked(ones(activation=K.ReLU()), (3,), lambda layer: layer.activation),
     "hook of a layer in a wrapped model": lambda: hooked(
         K.TimeDistributed(inner_model(ones(), shape=(3,))), (2, 3), lambda layer: layer.layer.layers[-1]
@@ -441,6 +451,15 @@ def built_rnn():
     layer.cell.kernel.assign(np.full((1, 1), 1 / math.sqrt(2)))
     layer.cell.recurrent_kernel.assign(np.ones((1, 1)))
     return layer
+
+
+def two_directions():
+    both = K.Bidirectional(linear_rnn())
+    both(zeros((1, 2, 1)))
+    for layer in (both.forward_layer, both.backward_layer):
+        layer.cell.kernel.assign(np.full((1, 1), 1 / math.sqrt(2)))
+        layer.cell.recurrent_kernel.assign(np.ones((1, 1)))
+    return both
 
 
 def shared_add():
@@ -641,6 +660,25 @@ def test_what_predict_casts_by_the_global_type_is_no_certificate(dtype, rigorous
             assert hkr.certify(model, x, verbose=0, rigorous=rigorous).radius[0] <= float(x[0, 0] - z[0, 0])
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "float16"])
+@pytest.mark.parametrize("depth", [1, 2])
+def test_nothing_else_is_claimed_about_inputs_that_are_cast(dtype, depth, tmp_path):
+    model = nested(K.Rescaling(1 / 255.0), K.Dense(3), dtype=dtype, depth=depth)
+    x = f([[100.0]])
+    evaluation = hkr.callbacks.CertifiedEvaluation(x, [0])
+    evaluation.set_model(model)
+    for claim in (
+        lambda: hkr.certify_top_k(model, x, 1, verbose=0),
+        lambda: hkr.certify_outputs(model, x, epsilon=0.1, verbose=0),
+        lambda: hkr.certify(model, x, verbose=0, local=True),
+        lambda: hkr.local_bound(model, x, 0.1),
+        lambda: hkr.export(model, tmp_path / FILE[FORMAT], FORMAT),
+        evaluation.on_train_begin,
+    ):
+        with pytest.raises(ValueError, match="Expected"):
+            claim()
+
+
 def test_intervals_know_of_casts_on_the_way():
     model, x, z = in_steps("float16")
     with or_refused():
@@ -724,6 +762,28 @@ def repeated_by(merge, *between):
 @cases(SQUARES)
 def test_a_bound_is_not_below_an_irrational_constant(name):
     build, square = SQUARES[name]
+    assert squared_at_least(hkr.lipschitz_bound(build()), square)
+
+
+BY_THEMSELVES = {
+    "RepeatVector": (lambda: K.RepeatVector(3), 3),
+    "UpSampling1D": (lambda: K.UpSampling1D(3), 3),
+    "UpSampling2D": (lambda: K.UpSampling2D((3, 5)), 15),
+    "UpSampling3D": (lambda: K.UpSampling3D((1, 2, 3)), 6),
+    "MaxPooling1D": (lambda: K.MaxPooling1D(3, 1), 3),
+    "MaxPooling2D": (lambda: K.MaxPooling2D((3, 5), 1), 15),
+    "MaxPooling3D": (lambda: K.MaxPooling3D((1, 2, 3), 1), 6),
+    "Scale": (lambda: L.Scale(0.1), Fraction(np.float32(0.1).item()) ** 2),
+    "Normalization": (
+        lambda: built_for(adapted(np.zeros(2), invert=True), (1, 2)),
+        Fraction(np.float32(1e-7).item()) ** 2,
+    ),
+}
+
+
+@cases(BY_THEMSELVES)
+def test_nor_is_that_of_a_layer_in_no_model(name):
+    build, square = BY_THEMSELVES[name]
     assert squared_at_least(hkr.lipschitz_bound(build()), square)
 
 
@@ -867,6 +927,7 @@ def test_forged_certificates_are_not_read(name):
 
 FORGED_FILES = {
     "distances of 0": {"distances": [[0.0, 0.0], [0.0, 0.0]]},
+    "tiny distances that are not symmetric": {"distances": [[0.0, 1e-9], [1e-12, 0.0]]},
     "one distance of 0": {"distances": [[0.0, 1.0], [0.0, 0.0]]},
     "score with a distance of 0": {"distances": [[0.0]], "method": "score"},
     "distances that are not symmetric": {"distances": [[0.0, 1.0], [1e-3, 0.0]]},
@@ -946,6 +1007,24 @@ def test_no_kernel_takes_a_gibibyte_or_the_work_of_seconds(name, monkeypatch):
     assert np.isfinite(bound)
     assert peak <= 2**30
     assert {function: count for function, count in work.items() if count > WORK[function]} == {}
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("name", ["Conv3D of 4x4x4", "Conv2D of 25x25"])
+def test_rigorous_certificates_of_large_windows_take_as_little(name):
+    model = sequential(KERNELS[name]().input_shape[1:], KERNELS[name]().layers[-1], K.Flatten(), K.Dense(2))
+    x = full((1, *model.input_shape[1:]))
+    hkr.certify(model, x, verbose=0)  # Keras and the backend allocate what is theirs
+    tracemalloc.start()
+    try:
+        certificate, (_, peak) = (
+            hkr.certify(model, x, verbose=0, rigorous=True),
+            tracemalloc.get_traced_memory(),
+        )
+    finally:
+        tracemalloc.stop()
+    assert certificate.rigorous
+    assert peak <= 2**30
 
 
 # ---- what compilers do with constants -------------------------------------------------------------------------

@@ -109,6 +109,47 @@ def of_two(distance=1.0):
     return exporting.ExportedCertificate(distances=distances, bound=1.0, method="pairwise")
 
 
+@pytest.mark.once
+@pytest.mark.parametrize("distances", [np.zeros((2, 2)), np.zeros((1, 1)), np.array([[0.0, 0.0], [1.0, 0.0]])])
+def test_distances_of_0_are_no_constants(distances):
+    method = "score" if len(distances) == 1 else "pairwise"
+    with pytest.raises(ValueError, match="positive and finite constants"):
+        exporting.ExportedCertificate(distances=distances, bound=1.0, method=method)
+
+
+def plain_file(tmp_path):
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2, kernel_initializer="identity")])
+    hkr.export(model, tmp_path / NAMES[FORMATS[0]])
+    return model, exporting.load(tmp_path / NAMES[FORMATS[0]])
+
+
+def test_inputs_and_outputs_of_a_file_have_slack_of_their_own(tmp_path, monkeypatch):
+    model, file = plain_file(tmp_path)
+    far_and_near = np.array([[1e6, 0.0], [1e-3, 0.0]], "float32")
+    assert file.verify(model, far_and_near)
+    run = file._run
+    monkeypatch.setattr(file, "_run", lambda arrays: run(arrays) + 0.1 * (np.abs(arrays[0]).max(axis=1) < 1)[:, None])
+    assert "outputs" in " ".join(file.verify(model, far_and_near).differences)  # radii are those of the model
+
+    moved = np.array([[1e8 + 4.5, 1e8]])  # float32 has steps of 8 there
+    assert 0 < file.certify(moved).radius[0] <= 4.5 / 2**0.5
+
+
+@pytest.mark.once
+def test_every_file_of_a_folder_is_hashed(tmp_path):
+    (tmp_path / "variables").mkdir()
+    files = [tmp_path / "saved_model.pb", tmp_path / "variables" / "variables.index", tmp_path / "variables" / "data"]
+    for file in files:
+        file.write_bytes(b"12345")
+    found = {exporting.certificate.file_hash(tmp_path)}
+    for file in files:
+        file.write_bytes(b"12346")
+        found.add(exporting.certificate.file_hash(tmp_path))
+    files[-1].rename(tmp_path / "data")
+    found.add(exporting.certificate.file_hash(tmp_path))
+    assert len(found) == 5
+
+
 def test_ties_are_not_certified_and_wrong_outputs_refused():
     certificate = of_two()
     assert certificate.of_outputs(np.array([[1.0, 1.0]])).radius[0] == 0
