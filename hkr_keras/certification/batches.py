@@ -47,7 +47,13 @@ def batches(model: keras.Model, x: Any, batch_size: int) -> tuple[Iterator[Batch
 
 
 def yields_batches(x: Any) -> bool:
-    """Whether data yield batches, and are not arrays."""
+    """Whether data yield batches, and are not arrays, lists or dictionaries of them.
+
+    Example:
+
+    >>> yields_batches([[0.0, 1.0]]), yields_batches(np.ones((2, 3)) for _ in range(4))
+    (False, True)
+    """
     if isinstance(x, keras.utils.PyDataset):
         return True
     is_array = isinstance(x, (list, tuple, dict, str, bytes)) or hasattr(x, "__array__") or hasattr(x, "shape")

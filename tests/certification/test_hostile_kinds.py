@@ -253,10 +253,6 @@ HOLDS = {
         applied(K.TimeDistributed(K.TimeDistributed(built_rnn())), (2, 3, 100, 1)),
         *all_ones(2, 3, 100, 1),
     ),
-    "recurrent layers of two directions in TimeDistributed": lambda: (
-        applied(K.TimeDistributed(two_directions()), (3, 100, 1)),
-        *all_ones(3, 100, 1),
-    ),
     "batch normalization in TimeDistributed": lambda: (
         applied(K.TimeDistributed(built_for(K.BatchNormalization(epsilon=0.0), (1, 4))), (3, 1)),
         *all_ones(3, 1),
@@ -453,15 +449,6 @@ def built_rnn():
     return layer
 
 
-def two_directions():
-    both = K.Bidirectional(linear_rnn())
-    both(zeros((1, 2, 1)))
-    for layer in (both.forward_layer, both.backward_layer):
-        layer.cell.kernel.assign(np.full((1, 1), 1 / math.sqrt(2)))
-        layer.cell.recurrent_kernel.assign(np.ones((1, 1)))
-    return both
-
-
 def shared_add():
     x = keras.Input((None,))
     return keras.Model(x, K.Add()([x, K.Rescaling(np.ones(4))(x)]))
@@ -485,6 +472,20 @@ def test_a_bound_holds_or_is_refused(name):
         pytest.skip("Keras or the backend refuses to run it")
     with or_refused():
         assert hkr.lipschitz_bound(model) >= seen * (1 - 1e-6)
+
+
+REPLACED = [
+    *("angles", "angles of a matrix", "gamma", "beta", "moving mean", "moving variance", "alpha", "factor"),
+    *("mean of a normalization", "variance of a normalization", "scale of a rescaling", "offset of a rescaling"),
+    *("bias of SLLDense", "bias of SLLConv2D", "bias of AOLDense", "bias of a convolution", "bias of a centring"),
+    *("untracked bias", "untracked gamma", "mixing logits"),
+]
+
+
+@cases(dict.fromkeys(REPLACED))
+def test_numbers_of_another_shape_are_refused_where_no_backend_runs_them_too(name):
+    with pytest.raises(ValueError, match="Expected"):
+        hkr.lipschitz_bound(HOLDS[name]()[0])
 
 
 def test_a_summary_shows_no_lower_estimate_above_its_bound():
