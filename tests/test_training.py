@@ -146,7 +146,9 @@ def assert_orthonormal(model):
     copy.set_weights(model.layers[0].get_weights())
     operator = keras.Sequential([keras.Input((SIZE, SIZE, 2)), copy]).layers[0]
     assert np.linalg.norm(dense_operator(operator), ord=2) <= 1 + 4e-7
-    assert hkr.lipschitz_bound(model) <= 1 + 1e-6
+    # Kernels count as they are cast: three changes of at most a unit roundoff times a Frobenius norm of at most 2.
+    roundoff = {"float32": 0.0, "bfloat16": 2.0**-9, "float16": 2.0**-12}[model.layers[-2].compute_dtype]
+    assert hkr.lipschitz_bound(model) <= 1 + 1e-6 + 3 * 2 * roundoff
 
 
 @pytest.mark.parametrize("jit_compile", [False, True] if BACKEND != "torch" else [False])  # torch: its own test below

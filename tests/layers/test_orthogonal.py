@@ -336,9 +336,3 @@ def test_the_bound_without_a_grid_is_above_the_norm(monkeypatch):
         assert norm <= singular_values.convolution_bound(blocks, strides) <= 3 * norm
     assert singular_values.convolution_bound(np.zeros((3, 1, 2, 2)), (1,)) == 0.0
     assert singular_values.convolution_bound(np.full((3, 1, 1, 1), 1e-40), (1,)) == pytest.approx(3e-40)
-
-
-def test_no_rigorous_certificate_of_a_composed_kernel():
-    model = keras.Sequential([keras.Input((4, 4, 1)), L.OrthogonalConv2D(2, 3), keras.layers.Flatten()])
-    with pytest.raises(ValueError, match="store the kernel they compute with"):
-        hkr.certify(model, normal((2, 4, 4, 1)), verbose=0, rigorous=True)
