@@ -405,6 +405,28 @@ def test_fit_compiled(cls):
     assert history.history["loss"][-1] < history.history["loss"][0]
 
 
+@pytest.mark.many
+@each_loss
+@pytest.mark.parametrize("rank", [3, 4])
+def test_inputs_of_rank_3_and_4_of_unknown_sizes(cls, rank):
+    """Batches, labels and images whose sizes no compiler knows, and several labels where a loss takes them."""
+    outputs = 2 if cls in BINARY and rank == 4 else 1 if cls in BINARY else CLASSES
+    pooling = keras.layers.GlobalAveragePooling1D if rank == 3 else keras.layers.GlobalAveragePooling2D
+    layers = [hkr.layers.LipschitzDense(4), pooling(), hkr.layers.LipschitzDense(outputs)]
+    model = keras.Sequential([keras.Input((*[None] * (rank - 2), 3)), *layers])
+    model.compile("sgd", make(cls), metrics=[hkr.metrics.Accuracy(), hkr.metrics.CertifiedRadius()])
+    rng = np.random.default_rng(0)
+
+    def batches():
+        for count in (3, 4):
+            labels = rng.integers(0, 2, (count, outputs)) if cls in BINARY else np.arange(count)
+            yield rng.normal(size=(count, *[count + 2] * (rank - 2), 3)).astype("float32"), labels
+
+    logs = model.fit(batches(), shuffle=False, steps_per_epoch=2, verbose=0).history
+    assert all(np.isfinite(values).all() for values in logs.values())
+    assert {"loss", "accuracy", "certified_radius"} == set(logs)
+
+
 # ---- labels of all kinds -----------------------------------------------------------------------------------
 
 

@@ -17,6 +17,7 @@ from helpers import BACKEND, REFUSALS, double_precision, normal, state_kept, to_
 
 import hkr_keras as hkr
 from hkr_keras import exporting
+from hkr_keras.certification.rules import registry
 
 K, L = keras.layers, hkr.layers
 TORCH = BACKEND == "torch"
@@ -1178,6 +1179,52 @@ def test_what_is_sound_is_accepted(name):
     shape = [each or 4 for each in model.input_shape[1:]]
     for seed in range(3):
         assert bound >= stretch(model, normal((1, *shape), seed), normal((1, *shape), seed + 10)) * (1 - 1e-5)
+
+
+#: Layers that augment images, and what they have to be given.
+AUGMENTATION = {
+    name: arguments
+    for arguments, names in {
+        (): (
+            *(
+                "AugMix",
+                "CutMix",
+                "MixUp",
+                "RandAugment",
+                "RandomColorJitter",
+                "RandomElasticTransform",
+                "RandomErasing",
+            ),
+            *("RandomFlip", "RandomGaussianBlur", "RandomGrayscale", "RandomInvert", "RandomPerspective"),
+        ),
+        (0.1,): (
+            *("RandomBrightness", "RandomColorDegeneration", "RandomContrast", "RandomHue", "RandomRotation"),
+            *("RandomSaturation", "RandomSharpness", "RandomShear", "RandomZoom"),
+        ),
+        (4,): ("RandomPosterization",),
+        (0.1, 0.1): ("RandomTranslation",),
+        (4, 4): ("CenterCrop", "RandomCrop", "Resizing"),  # to the size that the images have
+    }.items()
+    for name in names
+    if hasattr(K, name)
+}
+
+
+@pytest.mark.many
+@cases(AUGMENTATION)
+def test_augmentation_changes_nothing_at_inference(name):
+    """Neither rounded nor clipped, whatever the range of the numbers."""
+    model = sequential((4, 4, 3), getattr(K, name)(*AUGMENTATION[name]))
+    x = 300 * normal((2, 4, 4, 3))
+    assert hkr.lipschitz_bound(model) == pytest.approx(1.0, rel=1e-9)
+    for outputs in (model(x, training=False), model.predict(x, verbose=0)):
+        np.testing.assert_array_equal(to_numpy(outputs, "float32"), x)
+
+
+@pytest.mark.once
+def test_all_layers_of_images_are_in_that_table():
+    known = {cls.__name__ for cls in registry.LAYERS if "image_preprocessing" in cls.__module__}
+    assert known == set(AUGMENTATION)
 
 
 def test_a_shifted_sigmoid_is_a_score():
