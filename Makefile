@@ -35,7 +35,7 @@ test: $(VENV)/.installed-test  ## Lint, documentation, then the whole suite on e
 	@$(MAKE) --no-print-directory -j2 lint docs
 	@set -e; for backend in $(BACKENDS); do \
 		echo "== tests on $$backend"; \
-		KERAS_BACKEND=$$backend $(QUIET) $(KEPT) $(ONE_THREAD) $(BIN)/python -m pytest -q -n $(WORKERS) --durations=5 \
+		KERAS_BACKEND=$$backend $(QUIET) $(KEPT) $(ONE_THREAD) $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal --durations=5 \
 			--doctest-modules hkr_keras tests; \
 	done
 

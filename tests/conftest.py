@@ -98,7 +98,7 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-    """What is marked `once`, and every docstring, runs on PyTorch; of tables marked `many` others run a part."""
+    """PyTorch runs everything; others a part of each table, less of those marked `many`, all of those marked `each`."""
     addresses = [item.nodeid for item in items if " at 0x" in item.nodeid]
     if addresses:
         raise pytest.UsageError(f"Expected names of tests that are the same in every worker. Received: {addresses}")
@@ -107,13 +107,14 @@ def pytest_collection_modifyitems(config, items):
     backend = keras.backend.backend()
     if backend == "torch" or config.getoption("--everywhere"):
         return
-    step = {"tensorflow": 2, "jax": 8}[backend]  # JAX compiles every size of every case
+    of_many, of_others = {"tensorflow": (3, 2), "jax": (8, 3)}[backend]  # JAX compiles every size of every case
     rows, left_out = collections.Counter(), []
     for item in items:
         table = item.nodeid.split("[")[0]
         if item.get_closest_marker("once") or isinstance(item, pytest.DoctestItem):
             left_out.append(item)
-        elif item.get_closest_marker("many"):
+        else:
+            step = of_many if item.get_closest_marker("many") else 1 if item.get_closest_marker("each") else of_others
             if rows[table] % step:
                 left_out.append(item)
             rows[table] += 1

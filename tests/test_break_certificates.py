@@ -11,6 +11,9 @@ from helpers import BACKEND, normal, operator_norm
 
 import hkr_keras as hkr
 
+pytestmark = pytest.mark.each  # what a compiler may do differs
+
+
 OWN = ("gradient", "boundary", "exact", "rounding")
 TRIED = {  # "exact" needs an affine model, "Square" an image; the CNN is slow
     "digits MLP": {*ATTACKS} - {"exact"},

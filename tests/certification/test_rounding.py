@@ -13,6 +13,9 @@ from hkr_keras import rounding
 from hkr_keras.certification.prediction import Predictor
 from hkr_keras.certification.rounding import UNIT_ROUNDOFF, Affine, Tracer, layer_rounding, norms
 
+pytestmark = pytest.mark.each  # what a compiler may do differs
+
+
 K, L, C = keras.layers, hkr.layers, keras.initializers.Constant
 
 
