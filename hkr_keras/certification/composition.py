@@ -36,8 +36,8 @@ def product_error(left: np.ndarray, right: np.ndarray) -> np.ndarray:
 
     Example:
 
-    >>> float(product_error(np.ones((1, 1)), np.ones((1, 1)))[0, 0]) == 2.0**-24
-    True
+    >>> round(float(product_error(np.ones((1, 1)), np.ones((1, 1)))[0, 0]) * 2**24, 6)
+    1.0
     """
     terms = left.shape[-1]
     absolute = np.abs(left) @ np.abs(right)
