@@ -82,6 +82,7 @@ def test_rounding_is_covered(make, shape):
     assert np.all(off[0] <= trace.error(0.0))
 
 
+@pytest.mark.many
 @pytest.mark.parametrize(("make", "shape"), COMPOSED, ids=IDS)
 def test_a_rigorous_certificate_costs_little(make, shape):
     model = keras.Sequential([*model_of(make, shape).layers, K.Flatten(), K.Dense(3)])
@@ -103,6 +104,7 @@ def one_by_one(a, b):
 
 
 @pytest.mark.skipif(BACKEND != "torch", reason="other backends compile the composition as one program")
+@pytest.mark.many
 @pytest.mark.parametrize("index", [0, 1, 4, 6, 7])
 def test_kernels_whose_sums_are_in_the_worst_order(index, monkeypatch):
     make, shape = COMPOSED[index]
@@ -128,6 +130,7 @@ def test_reflectors_do_not_depend_on_the_order_of_their_vectors():
         assert matrix_spectrum(to_numpy(layer.kernel) - first.astype("float64")).bound <= allowed < 1e-3
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("noise", [1e-4, 1e-3, 3e-3])
 def test_reflectors_of_nearly_dependent_vectors(noise):
     """Compiled, the kernel is another one: the bound knows that, and no rigorous certificate is given."""
@@ -156,6 +159,7 @@ def test_products():
     assert np.any(off > 0.02 * allowed)
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("sequences", [False, True])
 @pytest.mark.parametrize("activation", ["relu", "linear"])
 def test_recurrent_layers(sequences, activation):
@@ -175,6 +179,7 @@ def test_recurrent_layers(sequences, activation):
 
 
 @pytest.mark.skipif(BACKEND not in _ACCURACY, reason="not measured")
+@pytest.mark.many
 @pytest.mark.parametrize("name", ["tanh", "sigmoid", "elu", "softplus"])
 def test_smooth_activations(name):
     """By themselves, behind a kernel and in a recurrent layer, against float64."""
