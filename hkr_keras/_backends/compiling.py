@@ -11,7 +11,7 @@ from typing import Any
 
 import keras
 
-__all__ = ["at_inference", "compiled", "in_one_go", "is_traced", "predictor"]
+__all__ = ["at_inference", "branch", "compiled", "in_one_go", "is_traced", "predictor"]
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:

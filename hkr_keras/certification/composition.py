@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from hkr_keras import layers
-from hkr_keras.certification.floating_point import UNIT_ROUNDOFF, accumulated
+from hkr_keras.certification.floating_point import UNIT_ROUNDOFF, accumulated, sum_error
 from hkr_keras.certification.operators import Matrix
 from hkr_keras.certification.singular_values import as_float64, matrix_spectrum
-from hkr_keras.layers.orthogonal import _two_tap_steps
+from hkr_keras.layers.orthogonal import two_tap_steps
 
 __all__ = ["Reflector", "composition_error", "product_error", "reflector", "reflector_operator"]
 
@@ -31,18 +31,13 @@ def _norm(matrices: np.ndarray) -> float:
 def product_error(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     """Bound on what float32 may be off by in every entry of a product of matrices, whatever the order of its sums.
 
-    With n products p, each is off by at most u |p|, and each of n - 1 sums by u times a partial sum, none of which is
-    above (sum |p| + |sum p|) / 2.
-
     Example:
 
     >>> round(float(product_error(np.ones((1, 1)), np.ones((1, 1)))[0, 0]) * 2**24, 6)
-    1.0
+    2.0
     """
-    terms = left.shape[-1]
-    absolute = np.abs(left) @ np.abs(right)
-    sums = (terms - 1) * (0.5 + accumulated(terms))
-    return _u * (absolute + sums * (absolute + np.abs(left @ right))) * (1 + 1e-9)
+    of_sizes, of_sums = sum_error(left.shape[-1])
+    return (of_sizes * (np.abs(left) @ np.abs(right)) + of_sums * np.abs(left @ right)) * (1 + 1e-9)
 
 
 @functools.singledispatch
@@ -91,7 +86,7 @@ def _orthogonal(layer: Any) -> float:
     channels, filters = mixing.shape[-2:]
     kernel = mixing.reshape(*strides, channels, groups, filters // groups)
     kernel = kernel.transpose(rank + 1, rank, *range(rank), rank + 2)
-    steps = _two_tap_steps(layer.kernel_size, strides)
+    steps = two_tap_steps(layer.kernel_size, strides)
     bases = None
     if layer.bases is not None:
         bases = as_float64(layer.bases).transpose(1, 0, 2).reshape(len(steps), groups, channels, -1)

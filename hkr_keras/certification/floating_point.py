@@ -25,6 +25,7 @@ __all__ = [
     "entries",
     "norms",
     "relative",
+    "sum_error",
 ]
 
 MACHINE_EPSILON = float(np.finfo(np.float64).eps)
@@ -48,6 +49,20 @@ def accumulated(operations: float) -> float:
     if operations * UNIT_ROUNDOFF >= 0.25:
         raise ValueError(f"Expected sums of fewer than 2^22 terms in float32. Received: {operations} terms")
     return operations * UNIT_ROUNDOFF / (1 - operations * UNIT_ROUNDOFF)
+
+
+def sum_error(terms: int) -> tuple[float, float]:
+    """What a sum of so many products is off by, in any order: per unit of the sum of absolute values, and of the sum.
+
+    Each product is off by u times its size, and each partial sum, none of which is above half of both together, too.
+
+    Example:
+
+    >>> [round(error / UNIT_ROUNDOFF, 3) for error in sum_error(1)]
+    [1.5, 0.5]
+    """
+    linear = terms * UNIT_ROUNDOFF * (0.5 + accumulated(terms + 2))
+    return UNIT_ROUNDOFF + linear, linear
 
 
 @dataclasses.dataclass(frozen=True)

@@ -116,7 +116,7 @@ def _orthogonal_kernel(
     rank, outputs = len(strides), filters // groups
     kernel = ops.reshape(mixing, (*strides, channels, groups, outputs))
     kernel = ops.transpose(kernel, (rank + 1, rank, *range(rank), rank + 2))
-    steps = _two_tap_steps(window, strides)
+    steps = two_tap_steps(window, strides)
     if bases is None:
         projections = [ops.zeros((groups, channels, channels), dtype=mixing.dtype)] * len(steps)
     else:
@@ -128,12 +128,12 @@ def _orthogonal_kernel(
     return ops.reshape(kernel, (*window, inputs, filters))
 
 
-def _two_tap_steps(window: Sequence[int], strides: Sequence[int]) -> list[tuple[int, bool]]:
+def two_tap_steps(window: Sequence[int], strides: Sequence[int]) -> list[tuple[int, bool]]:
     """`(axis, flipped)` of every two-tap convolution: axes in turn, and directions too, to stay in the centre.
 
     Example:
 
-    >>> _two_tap_steps((3, 2), (1, 1))
+    >>> two_tap_steps((3, 2), (1, 1))
     [(0, False), (1, False), (0, True)]
     """
     extra = [k - s for k, s in zip(window, strides, strict=True)]
@@ -173,7 +173,7 @@ class _OrthogonalConvolution(CircularConvolution, ComposedKernel):
         *window, inputs, filters = shape
         area, outputs = math.prod(self.strides), filters // self.groups
         channels = max(inputs, outputs // area)
-        pairs = len(_two_tap_steps(window, self.strides))
+        pairs = len(two_tap_steps(window, self.strides))
         kwargs["autocast"] = False  # half precision would lose the orthogonality of the factors
         if pairs and channels > 1:
             self.bases = super().add_weight(

@@ -14,7 +14,7 @@ import hkr_keras as hkr
 from hkr_keras.certification import singular_values
 from hkr_keras.geometry import model_kernels
 from hkr_keras.layers.circular import wrap
-from hkr_keras.layers.orthogonal import _block_convolution, _orthogonal_kernel, _two_tap_steps
+from hkr_keras.layers.orthogonal import _block_convolution, _orthogonal_kernel, two_tap_steps
 
 L = hkr.layers
 TOLERANCE = 1e-6  # the promise; float32 leaves less, see _SHRINK
@@ -163,9 +163,9 @@ def test_small_factors_only_shrink():
 
 
 def test_steps_take_axes_and_directions_in_turn():
-    assert _two_tap_steps((1, 1), (1, 1)) == []
-    assert _two_tap_steps((4, 3), (2, 3)) == [(0, False), (0, True)]
-    assert _two_tap_steps((3, 3), (1, 1)) == [(0, False), (1, False), (0, True), (1, True)]
+    assert two_tap_steps((1, 1), (1, 1)) == []
+    assert two_tap_steps((4, 3), (2, 3)) == [(0, False), (0, True)]
+    assert two_tap_steps((3, 3), (1, 1)) == [(0, False), (1, False), (0, True), (1, True)]
 
 
 @pytest.mark.parametrize("amounts", [(0, 0), (2, 0), (0, 1), (3, 2)])

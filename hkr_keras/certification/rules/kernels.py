@@ -20,6 +20,7 @@ from hkr_keras.certification.floating_point import (
     accumulated,
     entries,
     norms,
+    sum_error,
 )
 from hkr_keras.certification.operators import Convolution, Matrix, Operator
 from hkr_keras.certification.rules.activations import activation_bound, activation_error
@@ -169,12 +170,6 @@ def _rounding(layer: Any, shape: Shape) -> RoundingRule:
     return rounding
 
 
-def _sums(terms: int) -> tuple[float, float]:
-    """What a sum of so many products is off by, per unit of the sum of absolute values, and of the sum itself."""
-    linear = terms * UNIT_ROUNDOFF * (0.5 + accumulated(terms + 2))
-    return UNIT_ROUNDOFF + linear, linear
-
-
 def _copies(layer: Any, y: Any) -> float:
     """The root of how often the bias is added to one input."""
     return math.sqrt(y[0].size / layer.bias.shape[0])
@@ -192,8 +187,8 @@ def _reflector_rounding(layer: Any, shape: Shape) -> RoundingRule:
     of_middle = 1.1 * matrix_spectrum(product_error(factor.T, factor)).bound + 4 * UNIT_ROUNDOFF
     of_middle += 4 * size * UNIT_ROUNDOFF * (enters + leaves) * rough
     wide = matrix_spectrum(np.abs(middle)).bound + math.sqrt(rank) * (of_middle + 2.2 * near)
-    entering, entering_linear = _sums(inputs)
-    inner, inner_linear = _sums(rank)
+    entering, entering_linear = sum_error(inputs)
+    inner, inner_linear = sum_error(rank)
     constant = 2.1 * (entering * rough + entering_linear + 2 * UNIT_ROUNDOFF)
     constant += 2.1 * (inner * wide + inner_linear + of_middle) + 2.2 * (inner * leaves + inner_linear)
     constant += 4 * UNIT_ROUNDOFF
@@ -220,7 +215,7 @@ def _reflection_rounding(layer: Any, shape: Shape) -> RoundingRule:
     absolute, norm = absolute_bound(layer, "kernel"), kernel_bound(layer, "kernel") + composed
     rough = math.prod(window) * math.sqrt(min(inputs, units)) * composed
     terms = math.prod(window) * inputs + 2, math.prod(window) * units + 2
-    (first, first_linear), (second, second_linear) = map(_sums, terms)
+    (first, first_linear), (second, second_linear) = map(sum_error, terms)
     bias = float(np.linalg.norm(as_float64(layer.bias)))
     own = first * rough + first_linear * norm
     slope_hidden = first * absolute + own

@@ -15,8 +15,8 @@ from hkr_keras.certification.floating_point import (
     UNIT_ROUNDOFF,
     Rounding,
     RoundingRule,
-    accumulated,
     norms,
+    sum_error,
 )
 from hkr_keras.certification.rules.activations import activation_bound, activation_error
 from hkr_keras.certification.rules.registry import Shape, bound_of, rule
@@ -69,12 +69,6 @@ def _bidirectional(layer: Any, shape: Shape) -> float:
     return _MERGED[mode](*(bound_of(each, shape) for each in both)) * (1 + 4 * MACHINE_EPSILON)
 
 
-def _sums(terms: int) -> tuple[float, float]:
-    """What a sum of so many products is off by, per unit of the sum of absolute values, and of the sum itself."""
-    linear = terms * UNIT_ROUNDOFF * (0.5 + accumulated(terms + 2))
-    return UNIT_ROUNDOFF + linear, linear
-
-
 def _rounding(layer: Any, shape: Shape) -> RoundingRule:
     """Each step is off by what two products, two sums and the activation are, and carries on what came before."""
     cell = layer.cell
@@ -85,7 +79,7 @@ def _rounding(layer: Any, shape: Shape) -> RoundingRule:
     shift = as_float64(cell.bias) if cell.use_bias else np.zeros(cell.units)
     enters, goes_on = (kernel_bound(cell, name) for name in ("kernel", "recurrent_kernel"))
     wide, wide_on = (absolute_bound(cell, name) for name in ("kernel", "recurrent_kernel"))
-    (first, first_linear), (second, second_linear) = _sums(len(kernel) + 2), _sums(len(recurrent) + 2)
+    (first, first_linear), (second, second_linear) = sum_error(len(kernel) + 2), sum_error(len(recurrent) + 2)
     each = math.sqrt(cell.units) * (absolute_error + SMALLEST_NORMAL * 8 * (sum(kernel.shape) + sum(recurrent.shape)))
     each += math.sqrt(cell.units) * SMALLEST_NORMAL * 8 * (wide + wide_on)
 
