@@ -14,16 +14,17 @@ __all__ = ["ChannelShuffle", "SpatialShift1D", "SpatialShift2D"]
 Tensor = Any
 
 
-def _moved(x: Tensor, axis: int, backwards: bool, circular: bool) -> Tensor:
+def _moved(x: Tensor, axis: int, backwards: bool, circular: bool, roll: bool) -> Tensor:
     """Moved by one cell along an axis; what leaves at one end comes in at the other, or zeros do."""
-    if circular:  # on TensorFlow a quarter of the time that slices take
+    if circular and roll:  # on TensorFlow a quarter of the time that slices take
         return ops.roll(x, -1 if backwards else 1, axis=axis)
 
     def cells(start: int | None, stop: int | None) -> Tensor:
         return x[tuple(slice(start, stop) if i == axis else slice(None) for i in range(len(x.shape)))]
 
-    zeros = ops.zeros_like(cells(None, 1))
-    return ops.concatenate([cells(1, None), zeros] if backwards else [zeros, cells(None, -1)], axis=axis)
+    end = cells(None, 1) if backwards else cells(-1, None)
+    entering = end if circular else ops.zeros_like(end)
+    return ops.concatenate([cells(1, None), entering] if backwards else [entering, cells(None, -1)], axis=axis)
 
 
 class _SpatialShift(keras.layers.Layer):
@@ -54,17 +55,20 @@ class _SpatialShift(keras.layers.Layer):
         self.built = True
 
     def call(self, inputs: Tensor) -> Tensor:
+        return self._shifted(inputs, roll=True)
+
+    def _shifted(self, inputs: Tensor, roll: bool) -> Tensor:
         axis, ways = self._channel_axis, 2 * self.rank
         first = 1 if self.data_format == "channels_last" else 2
         share = inputs.shape[axis] // (ways + 1)
         *moving, staying = ops.split(inputs, [share * (way + 1) for way in range(ways)], axis=axis)
         circular = self.padding == "circular"
-        moved = [_moved(part, first + way // 2, bool(way % 2), circular) for way, part in enumerate(moving)]
+        moved = [_moved(part, first + way // 2, bool(way % 2), circular, roll) for way, part in enumerate(moving)]
         return ops.concatenate([*moved, staying], axis=axis)
 
     def as_keras(self, new: PlainLayers, *inputs: Tensor) -> Tensor:
-        """The operations of Keras."""
-        return self.call(inputs[0])
+        """The operations of Keras, of those that LiteRT has too."""
+        return self._shifted(inputs[0], roll=False)
 
     def compute_output_shape(self, input_shape: Any) -> Any:
         return input_shape

@@ -161,9 +161,13 @@ def test_products():
 
 @pytest.mark.many
 @pytest.mark.parametrize("sequences", [False, True])
-@pytest.mark.parametrize("activation", ["relu", "linear"])
-def test_recurrent_layers(sequences, activation):
-    layer = L.LipschitzSimpleRNN(6, activation, return_sequences=sequences, go_backwards=sequences)
+@pytest.mark.parametrize(
+    ("activation", "directions"), [("relu", ""), ("linear", ""), ("relu", "concat"), ("linear", "sum")]
+)
+def test_recurrent_layers(sequences, activation, directions):
+    backwards = sequences and not directions
+    layer = L.LipschitzSimpleRNN(6, activation, return_sequences=sequences, go_backwards=backwards)
+    layer = K.Bidirectional(layer, merge_mode=directions) if directions else layer
     model, x = model_of(lambda: layer, (7, 5)), points((7, 5))
     with double_precision():
         exact = in_double(model)

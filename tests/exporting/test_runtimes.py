@@ -75,6 +75,12 @@ def test_no_certified_accuracy_is_lost_on_digits(trained, digits, format, tmp_pa
     assert "method:" in " ".join(file.verify(trained, digits.x_test[:5]).differences)
 
 
+def test_shifts_of_channels_run_where_files_run(tmp_path):
+    model, path = hkr.models.lipschitz_shift_net((4, 4, 1), 3), tmp_path / NAMES[FORMATS[-1]]
+    hkr.export(model, path)
+    assert exporting.load(path).verify(model, normal((5, 4, 4, 1)))
+
+
 def test_a_file_that_was_changed_is_noticed(exported):
     files = [exported] if exported.is_file() else sorted(each for each in exported.rglob("*") if each.is_file())
     file = files[0]

@@ -15,11 +15,12 @@ from hkr_keras.certification.floating_point import (
     UNIT_ROUNDOFF,
     Rounding,
     RoundingRule,
+    entries,
     norms,
     sum_error,
 )
 from hkr_keras.certification.rules.activations import activation_bound, activation_error
-from hkr_keras.certification.rules.registry import Shape, bound_of, rule
+from hkr_keras.certification.rules.registry import Shape, bound_of, layer_rounding, rule
 from hkr_keras.certification.singular_values import absolute_bound, as_float64, kernel_bound
 from hkr_keras.layers.recurrent import LipschitzSimpleRNNCell, recurrence_bound
 
@@ -49,7 +50,7 @@ def _recurrence(layer: Any, shape: Shape) -> float:
 
 
 #: The constant of what is made of two outputs, from theirs; turning one of them around in time changes nothing.
-_MERGED = {"concat": math.hypot, None: math.hypot, "sum": lambda a, b: a + b, "ave": lambda a, b: (a + b) / 2}
+_MERGED = {"concat": np.hypot, None: np.hypot, "sum": lambda a, b: a + b, "ave": lambda a, b: (a + b) / 2}
 
 
 def _bidirectional(layer: Any, shape: Shape) -> float:
@@ -66,7 +67,23 @@ def _bidirectional(layer: Any, shape: Shape) -> float:
             "Expected two directions of equal shape, since broadcasting enlarges norms. "
             f"Received: {layer.name} of shapes {made}"
         )
-    return _MERGED[mode](*(bound_of(each, shape) for each in both)) * (1 + 4 * MACHINE_EPSILON)
+    return float(_MERGED[mode](*(bound_of(each, shape) for each in both))) * (1 + 4 * MACHINE_EPSILON)
+
+
+def _both_roundings(layer: Any, shape: Shape) -> RoundingRule:
+    """The error bounds of both directions, joined as their constants are, and that of a sum."""
+    first, second = (layer_rounding(each, shape) for each in (layer.forward_layer, layer.backward_layer))
+    joined, summed, bound = _MERGED[layer.merge_mode], layer.merge_mode in ("sum", "ave"), _bidirectional(layer, shape)
+
+    def rounding(x: Any, y: Any) -> Rounding:
+        one, other = first(x, y), second(x, y)
+        centre, slope = joined(one.at_centre, other.at_centre), float(joined(one.slope, other.slope))
+        if summed:
+            centre = centre + 2 * UNIT_ROUNDOFF * norms(y) + SMALLEST_NORMAL * entries(y)
+            slope += 2 * UNIT_ROUNDOFF * bound
+        return Rounding(centre * (1 + 4 * MACHINE_EPSILON), slope * (1 + 4 * MACHINE_EPSILON))
+
+    return rounding
 
 
 def _rounding(layer: Any, shape: Shape) -> RoundingRule:
@@ -124,4 +141,4 @@ _VALUES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 }
 
 rule(layers.LipschitzSimpleRNN, bound=_recurrence, rounding=_rounding)
-rule(keras.layers.Bidirectional, bound=_bidirectional)
+rule(keras.layers.Bidirectional, bound=_bidirectional, rounding=_both_roundings)
