@@ -50,7 +50,12 @@ def _recurrence(layer: Any, shape: Shape) -> float:
 
 
 #: The constant of what is made of two outputs, from theirs; turning one of them around in time changes nothing.
-_MERGED = {"concat": np.hypot, None: np.hypot, "sum": lambda a, b: a + b, "ave": lambda a, b: (a + b) / 2}
+_MERGED: dict[str | None, Callable[..., Any]] = {
+    "concat": np.hypot,
+    None: np.hypot,
+    "sum": lambda a, b: a + b,
+    "ave": lambda a, b: (a + b) / 2,
+}
 
 
 def _bidirectional(layer: Any, shape: Shape) -> float:
