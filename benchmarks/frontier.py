@@ -35,7 +35,7 @@ PEER_NAMES = {
     "crossentropy": "TauCategoricalCrossentropy",
     "categorical_hinge": "CategoricalHinge",
 }
-LINES = (("hkr_keras", "hkr_keras, proven", "#1f5fa8"), ("deel-lip", "deel-lip 1.5.0, own claim (unsound)", "#d9622b"))
+LINES = (("hkr_keras", "hkr_keras, proven", "#2f74c0"), ("deel-lip", "deel-lip 1.5.0, own claim (unsound)", "#d9622b"))
 
 
 def ours(model: str, loss: str, **values) -> dict:

@@ -180,4 +180,4 @@ def bars(path: str | None, labels: Sequence[str], series: Mapping[str, Sequence[
     figure(path, 6.4, 1.2 + len(labels) * max(0.22 * len(series), 0.3), paint)
 
 
-_COLORS = ("#9aa5b1", "#1f5fa8", "#d9622b", "#3a8f5c")
+_COLORS = ("#9aa5b1", "#2f74c0", "#d9622b", "#3a8f5c")

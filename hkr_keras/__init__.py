@@ -22,6 +22,7 @@ from hkr_keras import (
     plotting,
     transport,
 )
+from hkr_keras._hints import renamed
 from hkr_keras._version import __version__
 from hkr_keras.certification import bounds, rounding
 from hkr_keras.certification.bounds import lipschitz_bound
@@ -65,3 +66,19 @@ __all__ = [
     "to_lipschitz",
     "transport",
 ]
+
+__getattr__ = renamed(
+    __name__,
+    {
+        "Sequential": "keras.Sequential",
+        "Model": "keras.Model",
+        **dict.fromkeys(("vanillaModel", "vanilla_model", "vanilla_export"), "to_keras"),
+        "activations": "layers",
+        "initializers": "nothing (a constrained kernel is projected when it is made)",
+        "normalizers": "linalg",
+        "regularizers": "nothing (kernels are orthogonal in every step)",
+        "utils": "lipschitz_summary(model, x).lower, and lipschitz_bound(model),",
+        "evaluate_lip_const": "lipschitz_summary(model, x).lower",
+        **dict.fromkeys(("compute_layer_sv", "compute_model_sv"), "lipschitz_summary(model)"),
+    },
+)

@@ -10,13 +10,21 @@ __all__ = ["check_arguments", "refuse_old_arguments", "renamed"]
 
 _DOCUMENT = "see docs/migration.md"
 
+_PROJECTED = "nothing: kernels are projected after every optimizer step"
+_BUILT = "nothing: layers learn it when they are built"
 _ARGUMENTS = {
     "min_margin": "margin, which is half of min_margin in HKR and HingeMargin",
     "k_coef_lip": "a layer Scale(k) behind the layer",
-    "niter_spectral": "nothing: kernels are projected after every optimizer step",
-    "niter_bjorck": "nothing: kernels are projected after every optimizer step",
+    **dict.fromkeys(("niter_spectral", "niter_bjorck", "eps_spectral", "eps_bjorck", "beta_bjorck"), _PROJECTED),
     "negative_robustness": "negative",
-    "disjoint_neurons": "kernel_constraint=hkr_keras.constraints.UnitNorm()",
+    "disjoint_neurons": "kernel_constraint=hkr_keras.constraints.UnitNorm() in layers, head='unit_norm' in metrics",
+    "lip_const": "lipschitz",
+    "tau": "temperature",
+    "multi_gpu": "nothing: class means are those of the whole batch on all devices",
+    **dict.fromkeys(("in_features", "in_channels"), _BUILT),
+    "out_features": "units",
+    "out_channels": "filters",
+    "bias": "use_bias",
 }
 
 

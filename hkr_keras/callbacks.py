@@ -26,6 +26,7 @@ __getattr__ = renamed(
         "CondenseCallback": "nothing (the stored kernel is the one that is used)",
         "MonitorCallback": "LipschitzMonitor",
         "LossParamScheduler": "a callback that sets loss.alpha, loss.margin or loss.temperature",
+        "LossParamLog": "a callback that reads loss.alpha, loss.margin or loss.temperature",
     },
 )
 

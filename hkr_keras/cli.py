@@ -12,9 +12,10 @@ import math
 import os
 import pathlib
 import sys
+import tempfile
 import zipfile
 import zlib
-from typing import Any
+from typing import Any, NoReturn
 
 __all__ = ["demo", "main", "start"]
 
@@ -34,6 +35,8 @@ _NORMS = {1.0: "L1", 2.0: "L2", math.inf: "L-infinity"}
 _MODELS = (".keras", ".h5", ".hdf5")
 _PICTURES = (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp")
 _FORMATS = {"tf_saved_model": "", "onnx": ".onnx", "litert": ".tflite"}
+_RUNTIMES = {"tf_saved_model": "tensorflow", "onnx": "onnxruntime", "litert": "ai_edge_litert"}  # that run the files
+_DEMO_FILES = ("model.keras", "certificate.json", "certified_accuracy.png", "field.png")
 _BROKEN = (  # what reading a broken or hostile file raises
     *(
         ArithmeticError,
@@ -52,6 +55,13 @@ _BROKEN = (  # what reading a broken or hostile file raises
 
 class _UserError(Exception):
     """What the user can mend, in one sentence."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} ({self.prog} --help)\n")
 
 
 # ---- before Keras: arguments, files, backend ---------------------------------------------------------------------
@@ -73,7 +83,7 @@ def start() -> None:
         try:
             if not _prepared(sys.argv[1:]).verbose:
                 _silence_libraries()
-        except _UserError as error:
+        except (_UserError, OSError) as error:
             _print_error(error)
             raise SystemExit(2) from None
 
@@ -103,7 +113,7 @@ def _prepared(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def _print_error(error: BaseException) -> None:
-    print(f"error: {error}", file=sys.stderr)
+    print("error:", " ".join(str(error).split()) or type(error).__name__, file=sys.stderr)
 
 
 def _is_installed(module: str) -> bool:
@@ -136,14 +146,23 @@ def _choose_backend() -> None:
     print(f"{backend} is not installed: computing with {installed[0]} (KERAS_BACKEND={installed[0]})", file=sys.stderr)
 
 
-def _positive(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, received {value}")
+def _whole(text: str, lowest: int, highest: float = math.inf) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = lowest - 1
+    if not lowest <= value <= highest:
+        most = f" and at most {highest}" if highest < math.inf else ""
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least {lowest}{most}, received {text}")
     return value
 
 
 def _epsilon(text: str) -> float:
-    if not 0 <= (value := float(text)) < math.inf:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"expected a finite distance of at least 0, received {text}")
     return value
 
@@ -155,10 +174,10 @@ def _version() -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    shared = argparse.ArgumentParser(add_help=False)
+    shared = _Parser(add_help=False)
     shared.add_argument("--verbose", action="store_true", help="show the log of the backend, and tracebacks of errors")
     path: dict[str, Any] = {"type": pathlib.Path, "metavar": "FILE"}
-    parser = argparse.ArgumentParser(prog=_PACKAGE, description="1-Lipschitz networks with certificates.")
+    parser = _Parser(prog=_PACKAGE, description="1-Lipschitz networks with certificates.")
     parser.add_argument("--version", action="version", version=_version())
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
 
@@ -166,9 +185,9 @@ def _parser() -> argparse.ArgumentParser:
     source = command.add_mutually_exclusive_group()
     source.add_argument("--dataset", choices=tuple(_DEFAULTS), default="digits")
     source.add_argument("--data", **path, help=".npz file with x_train, y_train, x_test and y_test")
-    command.add_argument("--epochs", type=_positive, help="default: what fits the data set")
+    command.add_argument("--epochs", type=lambda text: _whole(text, 1), help="default: what fits the data set")
     command.add_argument("--loss", choices=_LOSSES, default="hkr")
-    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--seed", type=lambda text: _whole(text, 0, 2**32 - 1), default=0)
     command.add_argument("--output", type=pathlib.Path, default=pathlib.Path("hkr_demo"), help="folder to write to")
     command.set_defaults(
         run=lambda o: demo(o.data or o.dataset, o.epochs, o.loss, o.seed, o.output),
@@ -210,32 +229,72 @@ def _check_read(path: pathlib.Path | None, suffixes: tuple[str, ...]) -> None:
         raise _UserError(f"no such file: {path}")
     if path.is_dir() or path.suffix not in suffixes:
         raise _UserError(f"expected a file that ends in {' or '.join(suffixes)}: {path}")
+    try:
+        with path.open("rb") as file:
+            size = len(file.read(1))
+    except OSError as error:
+        raise _UserError(f"cannot be read: {path} ({error.strerror})") from None
+    if not _is_of_its_kind(path):
+        kind = "an .npz file of plain arrays" if path.suffix == ".npz" else "a Keras model file"
+        raise _UserError(f"Expected {kind}. Received: {path}, which is {'of another kind' if size else 'empty'}")
+
+
+def _is_of_its_kind(path: pathlib.Path) -> bool:
+    """Whether the content of a file can be what its suffix says, as far as the first look tells."""
+    if path.suffix in (".keras", ".npz"):
+        return zipfile.is_zipfile(path)
+    import h5py
+
+    return bool(h5py.is_hdf5(path))
 
 
 def _check_write(path: pathlib.Path | None, suffixes: tuple[str, ...] = ()) -> None:
     if path is None:
         return
-    if suffixes and path.suffix not in suffixes:
+    if suffixes and path.suffix.lower() not in suffixes:
         raise _UserError(f"expected a file name that ends in {', '.join(suffixes)}: {path}")
     if path.is_dir():
         raise _UserError(f"is a folder, not a file: {path}")
     if not path.absolute().parent.is_dir():
         raise _UserError(f"no such folder: {path.parent}")
-    if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
-        raise _UserError(f"cannot be written: {path}")
+    if path.exists():
+        try:
+            path.open("ab").close()
+        except OSError as error:
+            raise _UserError(f"cannot be written: {path} ({error.strerror})") from None
+    else:
+        _try_to_write(path.absolute().parent)
+
+
+def _check_apart(*paths: pathlib.Path | None) -> None:
+    """Refuses files that one command would write over each other, or over what it reads."""
+    found = [path.resolve() for path in paths if path is not None]
+    twice = [path for path in found if found.count(path) > 1]
+    if twice:
+        raise _UserError(f"expected different files, but this one is named twice: {twice[0]}")
 
 
 def _check_folder(path: pathlib.Path) -> None:
     there = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
     if not there.is_dir():
         raise _UserError(f"is a file, not a folder: {there}")
-    if not os.access(there, os.W_OK):
-        raise _UserError(f"cannot be written: {there}")
+    _try_to_write(there)
+
+
+def _try_to_write(folder: pathlib.Path) -> None:
+    """Makes a file, which is gone at once: permissions do not tell of everything."""
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise _UserError(f"cannot be written: {folder} ({error.strerror})") from None
 
 
 def _check_demo(options: argparse.Namespace) -> None:
     _check_read(options.data, (".npz",))
     _check_folder(options.output)
+    if options.output.is_dir():
+        for name in _DEMO_FILES:
+            _check_write(options.output / name)
     if options.data is None:
         _check_loss(options.loss, options.dataset, is_binary=options.dataset == "moons")
         if options.dataset in ("digits", "moons") and not _is_installed("sklearn"):
@@ -253,6 +312,7 @@ def _check_summary(options: argparse.Namespace) -> None:
     _check_read(options.model, _MODELS)
     _check_read(options.data, (".npz",))
     _check_write(options.json)
+    _check_apart(options.model, options.data, options.json)
 
 
 def _check_certify(options: argparse.Namespace) -> None:
@@ -261,22 +321,39 @@ def _check_certify(options: argparse.Namespace) -> None:
     _check_write(options.json)
     _check_write(options.csv)
     _check_write(options.plot, _PICTURES)
+    _check_apart(options.model, options.data, options.json, options.csv, options.plot)
     if options.plot and not _is_installed("matplotlib"):
         raise _UserError("pictures need matplotlib: pip install matplotlib")
 
 
 def _check_export(options: argparse.Namespace) -> None:
     _check_read(options.model, _MODELS)
-    suffix = options.output.suffix
-    by_suffix = next((name for name, end in _FORMATS.items() if end and end == suffix), "tf_saved_model")
-    options.format = options.format or by_suffix
-    if options.format != by_suffix:
+    output, suffix = options.output, options.output.suffix.lower()
+    told = {end: name for name, end in _FORMATS.items()}.get(suffix)
+    if told is None and options.format is None:
+        raise _UserError(
+            f"expected a file name that ends in .onnx or .tflite, or the name of a folder for a SavedModel (with a dot "
+            f"in it together with --format tf_saved_model): {output}"
+        )
+    options.format = options.format or told
+    if options.format != told and not (told is None and options.format == "tf_saved_model"):
         expected = f"a file name that ends in {_FORMATS[options.format]}" if _FORMATS[options.format] else "a folder"
-        raise _UserError(f"expected {expected} for --format {options.format}: {options.output}")
+        raise _UserError(f"expected {expected} for --format {options.format}: {output}")
     if options.format == "tf_saved_model":
-        _check_folder(options.output)
+        _check_folder(output)
+        if output.is_dir() and any(output.iterdir()) and not (output / "saved_model.pb").exists():
+            raise _UserError(f"expected a new folder, or one with a SavedModel, which is replaced: {output.resolve()}")
     else:
-        _check_write(options.output)
+        _check_write(output)
+    if not output.name:
+        raise _UserError(f"expected a folder with a name of its own: {output.resolve()}")
+    if output.absolute().parent.is_dir():
+        _check_write(output.with_name(f"{output.name}.certificate.json"))
+    if not _is_installed(_RUNTIMES[options.format]):
+        raise _UserError(
+            f"files of the format {options.format} are run before they are certified, which needs "
+            f"{_RUNTIMES[options.format]}: pip install 'hkr_keras[export]'"
+        )
 
 
 # ---- with Keras --------------------------------------------------------------------------------------------------
@@ -456,9 +533,13 @@ def _summary(options: argparse.Namespace) -> None:
 
 
 def _certify(options: argparse.Namespace) -> None:
+    import numpy as np
+
     import hkr_keras as hkr
 
     x, y = _load_arrays(options.data)
+    if y is not None and len(np.atleast_1d(y)) != len(np.atleast_1d(x)):
+        raise ValueError(f"Expected a label for each input. Received: x.shape={x.shape}, y.shape={y.shape}")
     certificate = hkr.certify(_load_model(options.model), x, rigorous=options.rigorous)
     labels = certificate.prediction if y is None else y  # without labels: predictions that cannot change
     kind = "the float32 network" if certificate.rigorous else "exact arithmetic"
@@ -511,9 +592,12 @@ def main(arguments: list[str] | None = None) -> int:
         options = _prepared(arguments)
         verbose = options.verbose
         options.run(options)
-    except (_UserError, ConnectionError, ImportError, OSError, ValueError) as error:
+    except (_UserError, ConnectionError, ImportError, MemoryError, OSError, ValueError) as error:
         if verbose:
             raise
         _print_error(error)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     return 0

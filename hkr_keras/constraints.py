@@ -9,6 +9,7 @@ from keras import ops
 
 from hkr_keras import linalg
 from hkr_keras._backends.compiling import branch, compiled
+from hkr_keras._hints import renamed
 from hkr_keras._registration import registered
 from hkr_keras.geometry import Geometry, flattened_layers, model_kernels
 
@@ -22,6 +23,17 @@ __all__ = [
     "UnitNorm",
     "project",
 ]
+
+__getattr__ = renamed(
+    __name__,
+    {
+        "SpectralConstraint": "Orthonormal",
+        "FrobeniusConstraint": "UnitNorm",
+        **dict.fromkeys(
+            ("WeightClipConstraint", "AutoWeightClipConstraint"), "nothing (clipping proves no useful bound)"
+        ),
+    },
+)
 
 _MAX_POLISHING_STEPS = 60
 _POLISHED = 1e-6  # largest entry of |W^T W - I| at which float32 has little left to gain

@@ -164,16 +164,7 @@ def read_npz(path: str | os.PathLike) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in arrays.files}
-    except (
-        AttributeError,
-        EOFError,
-        KeyError,
-        OSError,
-        TypeError,
-        ValueError,
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as error:
+    except (*_BROKEN, MemoryError, RuntimeError) as error:
         raise ValueError(f"Expected an .npz file of plain arrays. Received: {path} ({error})") from error
 
 

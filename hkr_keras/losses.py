@@ -46,12 +46,29 @@ __all__ = [
 __getattr__ = renamed(
     __name__,
     {
+        "KRLoss": "KR, which is minus the distance,",
+        "NegKRLoss": "KR",
+        "HKRLoss": "HKR",
+        "HingeMarginLoss": "HingeMargin",
+        "KRMulticlassLoss": "MulticlassKR, which is minus the distance,",
+        "HingeMulticlassLoss": "MulticlassHinge",
         "HKRMulticlass": "MulticlassHKR",
+        "HKRMulticlassLoss": "MulticlassHKR",
+        "MulticlassSoftHKR": "SoftHKR",
+        "SoftHKRMulticlassLoss": "SoftHKR",
+        "LseHKRMulticlassLoss": "LogSumExpHKR",
         "MultiMarginLoss": "MultiMargin",
+        "TauCrossEntropyLoss": "MarginCrossentropy(tau, margin=0)",
         "TauCategoricalCrossentropy": "MarginCrossentropy(tau, margin=0)",
         "TauSparseCategoricalCrossentropy": "MarginCrossentropy(tau, margin=0)",
-        "TauBinaryCrossentropy": "margin_crossentropy(y, margins.two_logits(f), tau, margin=0)",
-        "CategoricalHinge": "relu(margin - margins.multiclass_margin(margins.one_hot(y, f), f))",
+        **dict.fromkeys(
+            ("TauBinaryCrossentropy", "TauBCEWithLogitsLoss"),
+            "margin_crossentropy(y, margins.two_logits(f), tau, margin=0)",
+        ),
+        **dict.fromkeys(
+            ("CategoricalHinge", "CategoricalHingeLoss"),
+            "relu(margin - margins.multiclass_margin(margins.one_hot(y, f), f))",
+        ),
     },
 )
 

@@ -163,9 +163,11 @@ def _signs(labels: Tensor) -> tuple[Tensor, Tensor]:
 
 def _one_hot_rows(labels: Tensor) -> tuple[Tensor, Tensor]:
     """Rows of 0 and 1 from labels `(n, classes)`; whether each has one larger entry and equal others, `(n, 1)`."""
-    low, high = ops.min(labels, axis=1, keepdims=True), ops.max(labels, axis=1, keepdims=True)
+    # The initial values are for batches without rows, which PyTorch refuses without them.
+    low = ops.min(labels, axis=1, keepdims=True, initial=math.inf)
+    high = ops.max(labels, axis=1, keepdims=True, initial=-math.inf)
     rows = ops.cast(labels > 0.5 * (low + high), labels.dtype)
-    others = ops.max(ops.where(rows > 0, low, labels), axis=1, keepdims=True) - low
+    others = ops.max(ops.where(rows > 0, low, labels), axis=1, keepdims=True, initial=-math.inf) - low
     return rows, (ops.sum(rows, axis=1, keepdims=True) == 1) & (others <= _TOLERANCE * (high - low))
 
 
@@ -249,7 +251,8 @@ def rivals(y_true_one_hot: Tensor, logits: Tensor) -> Tensor:
 
 def multiclass_margin(y_true_one_hot: Tensor, logits: Tensor) -> Tensor:
     """The logit of the true class minus the largest other one, `(n,)`: positive where the class is right."""
-    return ops.sum(y_true_one_hot * logits, axis=1) - ops.max(rivals(y_true_one_hot, logits), axis=1)
+    largest = ops.max(rivals(y_true_one_hot, logits), axis=1, initial=-math.inf)
+    return ops.sum(y_true_one_hot * logits, axis=1) - largest
 
 
 #: What the difference of two logits changes by, over what the input moved, when the layers before are 1-Lipschitz.

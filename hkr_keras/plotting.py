@@ -271,7 +271,7 @@ def plot_certified_confusion(
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.0f}" if share >= 0.005 else "<1"
+    return f"{100 * share:.0f}" if share >= 0.01 else "<1"
 
 
 def plot_robustness(robustness: Any, ax: Any = None, largest: float | None = None) -> Any:

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -86,7 +87,9 @@ SCRIPT = "import sys; sys.argv[0] = '/somewhere/bin/hkr_keras'; from hkr_keras.c
         (["--help"], 0, "1-Lipschitz networks with certificates."),
         (["certify", "--help"], 0, "--rigorous"),
         (["train"], 2, "invalid choice: 'train'"),
-        (["demo", "--epochs", "0"], 2, "expected at least 1, received 0"),
+        (["demo", "--epochs", "0"], 2, "expected a whole number of at least 1, received 0"),
+        (["demo", "--seed", "-1"], 2, "expected a whole number of at least 0 and at most 4294967295, received -1"),
+        (["certify", "model.keras"], 2, "the following arguments are required: data"),
         (["certify", "missing.keras", "data.npz"], 2, "error: no such file: missing.keras"),
     ],
 )
@@ -96,7 +99,7 @@ def test_arguments_are_answered_before_keras_is_imported(command, arguments, sta
     )
     assert result.returncode == status
     assert text in result.stdout + result.stderr
-    assert "Traceback" not in result.stderr
+    assert len(result.stderr.splitlines()) == (status == 2)
 
 
 def test_other_programs_are_not_taken_for_the_command_line():
@@ -108,20 +111,20 @@ def test_other_programs_are_not_taken_for_the_command_line():
 def test_an_error_is_one_line(stored):
     """Whatever the backend would log, only the sentence is on the screen."""
     folder, _ = stored
-    (folder / "garbage.keras").write_bytes(b"not a model")
+    shutil.copy(folder / "data.npz", folder / "garbage.keras")
     environment = {name: value for name, value in os.environ.items() if name != "TF_CPP_MIN_LOG_LEVEL"}
     arguments = ["certify", str(folder / "garbage.keras"), str(folder / "data.npz")]
     result = subprocess.run(
         [sys.executable, "-m", "hkr_keras", *arguments], capture_output=True, text=True, check=False, env=environment
     )
     assert result.returncode == 2
-    assert result.stderr.startswith("error: Expected a Keras model file")
+    assert result.stderr.startswith("error: Expected a Keras model file that loads in safe mode")
     assert len(result.stderr.splitlines()) == 1
 
 
 def test_verbose_errors_have_a_traceback(stored):
     folder, _ = stored
-    (folder / "garbage.keras").write_bytes(b"not a model")
+    shutil.copy(folder / "data.npz", folder / "garbage.keras")
     with pytest.raises(ValueError, match="Expected a Keras model file"):
         main(["certify", str(folder / "garbage.keras"), str(folder / "data.npz"), "--verbose"])
 
@@ -176,15 +179,46 @@ def test_without_any_backend_one_line_says_what_to_install(unchosen, monkeypatch
         (["export", "model.keras", "net.onnx", "--format", "tf_saved_model"], "expected a folder for --format"),
         (["export", "model.keras", "net", "--format", "onnx"], "expected a file name that ends in .onnx"),
         (["export", "model.keras", "nowhere/net.onnx"], "no such folder: {}/nowhere"),
-        (["export", "model.keras", "data.npz"], "is a file, not a folder: {}/data.npz"),
+        (["export", "model.keras", "data.npz"], "expected a file name that ends in .onnx or .tflite, or the name of a"),
+        (["export", "model.keras", "out.xyz"], "expected a file name that ends in .onnx or .tflite, or the name of a"),
+        (["export", "model.keras", "out.xyz", "--format", "onnx"], "expected a file name that ends in .onnx for"),
+        (["export", "model.keras", "."], "expected a new folder, or one with a SavedModel, which is replaced: {}"),
+        (["export", "model.keras", "taken"], "is a folder, not a file: {}/taken.certificate.json"),
+        (["demo", "--output", "/proc/nowhere"], "cannot be written: /proc ("),
+        (["demo", "--output", "full"], "is a folder, not a file: {}/full/model.keras"),
+        (["certify", "model.keras", "data.npz", "--csv", "/proc/out.csv"], "cannot be written: /proc ("),
+        (
+            ["certify", "model.keras", "data.npz", "--json", "data.npz"],
+            "expected different files, but this one is named",
+        ),
+        (["certify", "model.keras", "data.npz", "--json", "a.txt", "--csv", "a.txt"], "expected different files"),
+        (
+            ["certify", "empty.keras", "data.npz"],
+            "Expected a Keras model file. Received: {}/empty.keras, which is empty",
+        ),
+        (
+            ["certify", "model.keras", "empty.npz"],
+            "Expected an .npz file of plain arrays. Received: {}/empty.npz, which",
+        ),
+        (["summary", "empty.h5"], "Expected a Keras model file. Received: {}/empty.h5, which is empty"),
+        (["summary", "text.h5"], "Expected a Keras model file. Received: {}/text.h5, which is of another kind"),
+        (["summary", "x" * 300 + ".keras"], "[Errno 36] File name too long"),
     ],
 )
 def test_files_and_folders_are_checked_before_work(arguments, message, stored, monkeypatch, capsys):
     folder, _ = stored
+    for name in ("empty.keras", "empty.npz", "empty.h5"):
+        (folder / name).touch()
+    (folder / "text.h5").write_text("no model")
+    (folder / "taken.certificate.json").mkdir()
+    (folder / "full" / "model.keras").mkdir(parents=True)
     monkeypatch.setattr(keras.models, "load_model", lambda *a, **k: pytest.fail("work began"))
     paths = [arguments[0], *(a if a.startswith("--") or a in cli._FORMATS else str(folder / a) for a in arguments[1:])]
+    monkeypatch.setattr(cli, "_is_installed", lambda module: True)
     assert main(paths) == 2
-    assert capsys.readouterr().err.startswith("error: " + message.format(folder))
+    error = capsys.readouterr().err
+    assert error.startswith("error: " + message.format(folder))
+    assert len(error.splitlines()) == 1
 
 
 @pytest.mark.parametrize("epsilon", ["-1", "nan", "inf", "far"])
@@ -282,7 +316,7 @@ def test_summary_with_data_and_as_json(stored, capsys):
 @pytest.mark.parametrize("broken", ["garbage.keras", "code.keras"])
 def test_a_broken_or_hostile_model_is_an_error(broken, stored, capsys):
     folder, _ = stored
-    (folder / "garbage.keras").write_bytes(b"not a model")
+    shutil.copy(folder / "data.npz", folder / "garbage.keras")
     witness = str(folder / "executed")
     unsafe = keras.Sequential([keras.Input((2,)), keras.layers.Lambda(lambda x: (open(witness, "w").close(), x)[1])])
     unsafe.save(folder / "code.keras")
@@ -290,6 +324,14 @@ def test_a_broken_or_hostile_model_is_an_error(broken, stored, capsys):
     assert main(["certify", str(folder / broken), str(folder / "data.npz")]) == 2
     assert capsys.readouterr().err.startswith("error: Expected a Keras model file")
     assert not pathlib.Path(witness).exists()
+
+
+def test_labels_of_another_number_are_an_error(stored, monkeypatch, capsys):
+    folder, _ = stored
+    np.savez(folder / "odd.npz", x=np.ones((3, 2)), y=np.arange(2))
+    monkeypatch.setattr(keras.models, "load_model", lambda *a, **k: pytest.fail("work began"))
+    assert main(["certify", str(folder / "model.keras"), str(folder / "odd.npz")]) == 2
+    assert "Expected a label for each input. Received: x.shape=(3, 2)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arrays", [None, {"z": np.ones(2)}, {"x": np.array([{}, 1], dtype=object)}])

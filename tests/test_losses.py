@@ -609,6 +609,9 @@ def test_old_names_say_the_new_ones():
         (hkr.metrics, "CategoricalProvableRobustAccuracy", "CertifiedAccuracy"),
         (hkr.callbacks, "CondenseCallback", "nothing"),
         (hkr.layers, "GroupSort2", "GroupSort"),
+        (hkr.constraints, "SpectralConstraint", "Orthonormal"),
+        (hkr, "vanillaModel", "to_keras"),
+        (hkr, "compute_layer_sv", "lipschitz_summary"),
     ):
         with pytest.raises(AttributeError, match=rf"'{old}': .*{new}.* here, see docs/migration\.md"):
             getattr(module, old)
@@ -619,5 +622,9 @@ def test_old_names_say_the_new_ones():
     for layer in (hkr.layers.LipschitzDense, hkr.layers.OrthogonalConv2D, hkr.layers.GroupSort, hkr.layers.Scale):
         with pytest.raises(TypeError, match=rf"{layer.__name__} has no argument 'k_coef_lip': a layer Scale\(k\)"):
             layer(4, k_coef_lip=2.0)
+    with pytest.raises(TypeError, match=r"has no argument 'lip_const': lipschitz, see"):
+        hkr.metrics.CertifiedAccuracy(0.25, lip_const=1.0)
+    with pytest.raises(ImportError, match=r"'utils': lipschitz_summary.* here, see docs/migration\.md"):
+        from hkr_keras import utils  # noqa: F401
     with pytest.raises(ImportError, match=r"'SpectralDense': LipschitzDense here, see docs/migration\.md"):
         from hkr_keras.layers import SpectralDense  # noqa: F401

@@ -318,3 +318,12 @@ def test_keras_finds_out_that_larger_is_better():
 def test_reprs_say_the_arguments():
     assert repr(Accuracy()) == "Accuracy()"
     assert repr(CertifiedAccuracy(0.25)) == "CertifiedAccuracy(epsilon=0.25, lipschitz=1.0, head='unit_norm')"
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 1), (0, 3)])
+def test_a_batch_without_rows_changes_nothing(shape):
+    labels = [np.zeros(shape, "float32")] + [np.zeros(0, "int32")] * (shape != (0, 1))
+    for y in labels:
+        for metric in (Accuracy(), CertifiedAccuracy(0.1), CertifiedRadius(negative=True)):
+            metric.update_state(y, np.zeros(shape, "float32"))
+            assert float(metric.result()) == 0.0

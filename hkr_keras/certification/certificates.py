@@ -67,8 +67,8 @@ def _labels_of(certificate: Any, y: Any, classes: int) -> np.ndarray:
     if y is None and certificate.labels is None:
         raise ValueError("Expected labels, since none came with the inputs. Received: y=None")
     labels = margins.class_indices(certificate.labels if y is None else y, classes)
-    if len(labels) != len(certificate.radius):
-        raise ValueError(f"Expected {len(certificate.radius)} labels, one per input. Received: len(y)={len(labels)}")
+    if len(labels) != len(certificate):
+        raise ValueError(f"Expected {len(certificate)} labels, one per input. Received: len(y)={len(labels)}")
     if y is not None and certificate.labels is not None:
         differ = int((labels != margins.class_indices(certificate.labels, classes)).sum())
         if differ:
@@ -682,6 +682,8 @@ class OutputCertificate(_display.Results):
         flat = {name: getattr(self, name).reshape(len(self), -1) for name in ("value", "lower", "upper")}
         targets = self.labels if y is None else np.asarray(y)
         if targets is not None:
+            if np.shape(targets)[:1] != (len(self),):
+                raise ValueError(f"Expected {len(self)} targets, one per input. Received: y.shape={np.shape(targets)}")
             flat = {"target": targets.reshape(len(self), -1), **flat}
         several = flat["value"].shape[1] > 1
         return {
@@ -691,11 +693,22 @@ class OutputCertificate(_display.Results):
         }
 
     def contain(self, targets: Any = None) -> np.ndarray:
-        """Which targets, of the shape of the outputs, lie within their interval; `None` for those of the data."""
+        """Which targets lie within their interval, booleans of the shape of the outputs.
+
+        Args:
+            targets: of the shape of the outputs; of a single output `(n,)` or `(n, 1)`. `None` for those of the data.
+
+        Raises:
+            ValueError: for targets of another shape, and without any.
+        """
         if targets is None and self.labels is None:
             raise ValueError("Expected targets, since none came with the inputs. Received: targets=None")
-        targets = np.asarray(self.labels if targets is None else targets, dtype=np.float64).reshape(self.value.shape)
-        return (self.lower <= targets) & (targets <= self.upper)
+        found, shape = np.asarray(self.labels if targets is None else targets, dtype=np.float64), self.value.shape
+        shapes = [shape] if self.value.size != len(self) else [shape, (len(self),), (len(self), 1)]
+        if found.shape not in shapes:
+            raise ValueError(f"Expected targets of shape {shape}. Received: targets.shape={found.shape}")
+        found = found.reshape(shape)
+        return (self.lower <= found) & (found <= self.upper)
 
     def auroc(self, y: Any = None) -> float:
         """Certified area under the ROC curve of a score: what is left when every input is moved for the worse.
@@ -708,17 +721,15 @@ class OutputCertificate(_display.Results):
                 the inputs.
 
         Raises:
-            ValueError: for several outputs, wrong labels, or a single class.
+            ValueError: for several outputs, wrong labels, others than those that came with the inputs, or a single
+                class.
         """
         if self.value.size != len(self.value):
             raise ValueError(f"Expected one score per input. Received: outputs of shape {self.value.shape}")
-        if y is None and self.labels is None:
-            raise ValueError("Expected labels, since none came with the inputs. Received: y=None")
-        positive = margins.class_indices(self.labels if y is None else y, classes=1).astype(bool)
-        if len(positive) != len(self.value) or positive.all() or not positive.any():
+        positive = _labels_of(self, y, classes=1).astype(bool)
+        if positive.all() or not positive.any():
             raise ValueError(
-                "Expected one label per input, of both classes. "
-                f"Received: {len(positive)} labels with {int(positive.sum())} positive, for {len(self.value)} inputs"
+                f"Expected labels of both classes. Received: {int(positive.sum())} of {len(self)} positive"
             )
         worst = np.sort(self.upper.reshape(-1)[~positive])
         return float(np.searchsorted(worst, self.lower.reshape(-1)[positive], side="left").mean() / len(worst))

@@ -483,11 +483,37 @@ def test_certified_auroc():
         assert sklearn.metrics.roc_auc_score(y, logits_of(model, moved)[:, 0]) >= areas[1]
 
 
-@pytest.mark.parametrize("y", [[1] * 40, [0] * 40, [0, 1]])
-def test_wrong_labels_of_an_area(y):
+@pytest.mark.parametrize(
+    ("y", "message"),
+    [
+        ([1] * 40, "of both classes. Received: 40 of 40 positive"),
+        ([0] * 40, "of both classes"),
+        ([0, 1], "Expected 40 labels, one per input. Received: len"),
+        ([0, 1] * 40, "Expected 40 labels, one per input. Received: len"),
+    ],
+)
+def test_wrong_labels_of_an_area(y, message):
     found = hkr.certify_outputs(dense_model(1), random_inputs(), 0.1, verbose=0)
-    with pytest.raises(ValueError, match="of both classes"):
+    with pytest.raises(ValueError, match=message):
         found.auroc(y)
+
+
+@pytest.mark.parametrize("shape", [(20, 2), (2, 20), (1, 40), (80,), (20,), (40, 1, 1), ()])
+def test_targets_of_another_shape_are_refused(shape):
+    found = hkr.certify_outputs(dense_model(1), random_inputs(), 0.1, verbose=0)
+    assert found.contain(found.value[:, 0]).shape == found.contain(found.value).shape == (40, 1)
+    with pytest.raises(ValueError, match="Expected targets of shape"):
+        found.contain(np.zeros(shape))
+    if shape[:1] != (40,):
+        with pytest.raises(ValueError, match="Expected 40 targets, one per input"):
+            found._columns(np.zeros(shape))
+
+
+def test_targets_of_several_outputs_have_their_shape():
+    found = hkr.certify_outputs(dense_model(3), random_inputs(), 0.1, verbose=0)
+    for shape in [(3, 40), (120,), (40,), (40, 1)]:
+        with pytest.raises(ValueError, match="Expected targets of shape"):
+            found.contain(np.zeros(shape))
 
 
 def test_the_area_of_several_outputs_is_refused():
