@@ -118,9 +118,13 @@ def convolution(name: str, rank: int, transposed=False, depthwise=False):
         if depthwise:
             more += f", depth_multiplier={size(rng, 1, 2)}"
         if "Orthogonal" in name:
-            padding = pick(rng, "valid", "same", "circular") if "Transpose" not in name else "same"
-            more, dilation = "", (1,) * rank
-            return f"L.{name}({n}, {window}, strides={strides}, padding='{padding}')"
+            padding = pick(rng, "valid", "same", "circular", *(["causal"] if name == "OrthogonalConv1D" else []))
+            window = tuple(map(max, window, strides))
+            dilated = f", dilation_rate={dilation}" if max(dilation) > 1 else ""
+            form = "" if padding == "causal" else form
+            return f"L.{name}({n * groups}, {window}, strides={strides}, padding='{padding}'{dilated}{more}{form})"
+        if name.startswith("LipschitzConv") and not transposed and rng.random() < 0.3:
+            padding = "circular"
         prefix = "L" if name.startswith("Lipschitz") else "K"
         dilated = f", dilation_rate={dilation}" if max(dilation) > 1 else ""
         return (
@@ -165,16 +169,25 @@ for _rank in (1, 2, 3):
     kind(f"ZeroPadding{_rank}D", _rank + 1)(lambda r, s, n=_rank: f"K.ZeroPadding{n}D({size(r, 1, 2)})")
     kind(f"Cropping{_rank}D", _rank + 1)(lambda r, s, n=_rank: f"K.Cropping{n}D(1)")
 
-for _rank in (1, 2):
+for _rank in (1, 2, 3):
     for _name in ("ScaledAveragePooling", "L2NormPooling"):
         kind(f"{_name}{_rank}D", _rank + 1)(
-            lambda r, s, n=_rank, name=_name: f"L.{name}{n}D({sizes(r, n)}{data_format(r)})"
+            lambda r, s, n=_rank, name=_name: (
+                f"L.{name}{n}D({sizes(r, n)}{data_format(r)}"
+                f"{pick(r, '', f', strides={sizes(r, n)}')}, padding='{pick(r, 'valid', 'same')}')"
+            )
         )
-    for _name in ("ScaledGlobalAveragePooling", "GlobalL2NormPooling"):
-        kind(f"{_name}{_rank}D", _rank + 1)(lambda r, s, n=_rank, name=_name: f"L.{name}{n}D({data_format(r)[2:]})")
+    if _rank < 3:
+        for _name in ("ScaledGlobalAveragePooling", "GlobalL2NormPooling"):
+            kind(f"{_name}{_rank}D", _rank + 1)(lambda r, s, n=_rank, name=_name: f"L.{name}{n}D({data_format(r)[2:]})")
 
-kind("SLLConv2D", 3)(lambda r, s: f"L.SLLConv2D({size(r)}, {size(r, 1, 2) * 2 - 1})")
-kind("AOLConv2D", 3)(lambda r, s: f"L.AOLConv2D({size(r)}, {size(r, 1, 3)}, strides={size(r, 1, 2)})")
+kind("SLLConv2D", 3)(lambda r, s: f"L.SLLConv2D({size(r)}, ({pick(r, 1, 3, 5)}, {pick(r, 1, 3, 5)}))")
+kind("AOLConv2D", 3)(
+    lambda r, s: (
+        f"L.AOLConv2D({size(r)}, {sizes(r, 2)}, padding='{pick(r, 'valid', 'same')}', "
+        f"{pick(r, f'strides={sizes(r, 2)}', f'dilation_rate={sizes(r, 2)}')}{data_format(r)})"
+    )
+)
 kind("InvertibleDownsampling2D", 3)(lambda r, s: "L.InvertibleDownsampling2D(2)")
 kind("InvertibleUpsampling2D", 3)(lambda r, s: "L.InvertibleUpsampling2D((1, 2))")
 kind("SpatialShift1D", 2)(lambda r, s: f"L.SpatialShift1D('{pick(r, 'circular', 'same')}'{data_format(r)})")
@@ -186,6 +199,12 @@ kind("LipschitzSimpleRNN", 2)(
     lambda r, s: (
         f"L.LipschitzSimpleRNN({size(r)}, activation={pick(r, repr('tanh'), repr('relu'), repr('linear'))}, "
         f"return_sequences={pick(r, True, False)}, go_backwards={pick(r, True, False)})"
+    )
+)
+kind("Bidirectional, two layers", 2)(
+    lambda r, s: (
+        f"K.Bidirectional(L.LipschitzSimpleRNN({size(r)}, activation='linear'), merge_mode='concat', "
+        f"backward_layer=L.LipschitzSimpleRNN({size(r)}, activation='relu', go_backwards=True))"
     )
 )
 kind("Bidirectional", 2)(
@@ -218,6 +237,12 @@ kind("Normalization")(
         f"K.Normalization(mean=np.linspace(-1.0, 9.0, {s[-1]}), "
         f"variance=np.geomspace({pick(r, 1e-4, 1e-12, 1.0)}, {pick(r, 1e-2, 1e4)}, {s[-1]}), "
         f"invert={pick(r, True, False)})"
+    )
+)
+kind("Normalization, adapted")(
+    lambda r, s: (
+        f"(lambda n: (n.adapt(np.random.default_rng(0).normal(size=(5, *{s}))), n)[1])"
+        f"(K.Normalization(axis={pick(r, -1, 1)}))"
     )
 )
 kind("Normalization, scalar")(
@@ -265,7 +290,11 @@ kind("SpatialDropout", 2)(lambda r, s: "K.SpatialDropout1D(0.5)")
 kind("Identity")(lambda r, s: pick(r, "K.Identity()", "K.ActivityRegularization(0.1)"))
 kind("SpectralNormalization")(lambda r, s: f"K.SpectralNormalization(K.Dense({size(r)}))")
 kind("augmentation", 3)(
-    lambda r, s: pick(r, "K.RandomFlip()", "K.RandomContrast(0.2)", "K.CenterCrop(2, 2)", f"K.Resizing({s[0]}, {s[1]})")
+    lambda r, s: pick(
+        r,
+        *["K.RandomFlip()", "K.RandomContrast(0.2)", "K.CenterCrop(2, 2)", "K.RandomInvert(1.0)", "K.RandomErasing()"],
+        *[f"K.Resizing({s[0]}, {s[1]})", f"K.RandomCrop({s[0]}, {s[1]})", "K.RandomCrop(2, 2)", "K.Resizing(3, 2)"],
+    )
 )
 #: Layers that have no bound: they are to be refused, not to fail.
 kind("without a bound")(
@@ -363,7 +392,7 @@ def _renamed(code: str, old: str, new: str) -> str:
     return re.sub(rf"\b{old}\b", new, code)
 
 
-def fill(model, seed: int, wild: bool) -> None:
+def fill(model, seed: int, wild: bool) -> None:  # noqa: PLR0912 one case per kind of weight
     """Random weights, as different from trained ones as legal ones can be where `wild`."""
     rng = np.random.default_rng(seed)
     for variable in model.weights:
@@ -376,7 +405,9 @@ def fill(model, seed: int, wild: bool) -> None:
             values = 10.0 ** rng.uniform(*((-7, 6) if wild else (-1, 1)), shape)
         elif name in ("gamma", "alpha", "mixing_logits") and wild:
             values = values * 10.0 ** rng.uniform(-2, 2, shape)
-        elif "kernel" in name or name in ("v", "u", "vector_u"):
+        elif name == "angles" and wild:
+            values = values * 10.0 ** rng.uniform(-2, 9)
+        elif "kernel" in name or name in ("v", "u", "vector_u", "vectors", "unscaled"):
             draw = rng.random()
             if draw < 0.15:
                 values = np.abs(values)
@@ -386,6 +417,8 @@ def fill(model, seed: int, wild: bool) -> None:
                 values = values * 10.0 ** rng.uniform(-4, 2, shape[-1])
             elif draw < 0.35:
                 values = values * (rng.random(shape) < 0.3)
+            elif draw < 0.4:  # nearly equal columns
+                values = values[..., :1] + 10.0 ** rng.uniform(-7, 0) * values
             elif draw < 0.6:
                 continue  # as it was initialized: on the constraint set, where there is one
             values = values * scale
@@ -484,7 +517,7 @@ class Generator:
         others = [pick(rng, *same) for _ in range(size(rng, 1, 2))]
         kind_ = pick(rng, *MERGES[:6], *MERGES[:6], *MERGES)
         arguments = {"Concatenate": f"axis={pick(rng, -1, -1, 1)}", "Dot": "axes=-1"}.get(kind_, "")
-        if kind_ in ("Subtract", "Dot", "LipschitzResidual"):
+        if kind_ in ("Subtract", "Dot"):
             others = others[:1]
         prefix = "L" if kind_ == "LipschitzResidual" else "K"
         self.add(f"{prefix}.{kind_}({arguments})([{', '.join([x, *others])}])", [x, *others], [kind_])
@@ -660,6 +693,7 @@ def check(program: Program, thorough: bool = True) -> Result | None:
                 result.findings.append(f"bound {bound} below a measured {found.ratio}")
             if thorough:
                 _check_layers(model, double, rng, result)
+                _check_methods(model, double, x, shapes, bound, found.ratio * (1 - slack), rng, result)
     if np.isfinite(single).all() and thorough:
         _check_rigorous(model, x, shapes, found, rng, result)
     return result
@@ -692,6 +726,39 @@ def _check_layers(model, double, rng, result: Result) -> None:
         result.layers += 1
         if not bound >= seen.ratio * (1 - (COMPOSED if composed else ROUNDING)):
             result.findings.append(f"bound {bound} of {type(layer).__name__} alone below a measured {seen.ratio}")
+
+
+def _check_methods(model, double, x, shapes, bound, steep: float, rng, result: Result) -> None:
+    """The other ways to a bound: semidefinite, around inputs, of the model in plain layers and of its exported file."""
+    found, refused = claimed(hkr.lipschitz_bound, model, method="semidefinite")
+    if refused or not steep <= found <= bound * (1 + 1e-9):
+        result.findings.append(f"semidefinite bound {found} for {bound} and a measured {steep}: {refused}")
+    plain, refused = claimed(hkr.to_keras, model, kernels_only=True)
+    stored, refused = (None, refused) if refused else claimed(hkr.lipschitz_bound, plain)
+    if refused and refused.startswith("FINDING"):
+        result.findings.append(f"to_keras: {refused}")
+    if stored is not None and not steep <= stored * (1 + COMPOSED):
+        result.findings.append(f"bound {stored} of the stored kernels below a measured {steep}")
+    if len(shapes) > 1:
+        return
+    epsilon = float(10.0 ** rng.uniform(-3, 1))
+    around, refused = claimed(hkr.local_bound, model, x.reshape(-1, *shapes[0]), epsilon)
+    if refused:
+        if refused.startswith("FINDING"):
+            result.findings.append(f"local_bound: {refused}")
+        return
+    for point, constant in zip(x.astype("float64"), around, strict=True):
+        ends = point + epsilon * np.stack([_in_ball(rng, x.shape[1]) for _ in range(16)])
+        values = flat(double, ends, shapes, "float64")
+        moved, apart = np.linalg.norm(ends - ends[::-1], axis=1), np.linalg.norm(values - values[::-1], axis=1)
+        result.pairs += len(ends) // 2
+        if not (apart <= constant * moved * (1 + ROUNDING) + 1e-12 * np.abs(values).max()).all():
+            result.findings.append(f"local bound {constant} below a measured {(apart / moved).max()} at {epsilon}")
+
+
+def _in_ball(rng, dimension: int) -> np.ndarray:
+    direction = rng.standard_normal(dimension)
+    return direction / np.linalg.norm(direction) * rng.random()
 
 
 def _check_rigorous(model, x, shapes, found: Steepest | None, rng, result: Result) -> None:

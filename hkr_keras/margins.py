@@ -194,6 +194,8 @@ def class_indices(y_true: Any, classes: int) -> np.ndarray:
     ([0, 1], [1, 0])
     """
     labels = np.asarray(ops.convert_to_numpy(y_true))
+    if labels.dtype.kind not in "biuf":
+        raise ValueError(f"Expected labels that are numbers. Received: y.shape={labels.shape}, y.dtype={labels.dtype}")
     if labels.ndim == 2 and labels.shape[1] == classes > 1:
         is_one_hot = set(np.unique(labels).tolist()) <= {-1, 0, 1} and ((labels > 0).sum(axis=1) == 1).all()
         labels = labels.argmax(axis=1) if is_one_hot else np.full(len(labels), -1)

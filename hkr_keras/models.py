@@ -243,7 +243,8 @@ def monotone(model: keras.Model, slope: float, features: Sequence[int]) -> keras
     kernel = np.zeros((shape[1], outputs[1]))
     kernel[chosen] = slope
     inputs = keras.Input(shape[1:])
-    linear = keras.layers.Dense(outputs[1], use_bias=False, trainable=False, name="monotone")
-    result = keras.layers.Add()([model(inputs), linear(inputs)])
+    exact = {"dtype": "float32"}  # half precision would round the slope below the bound
+    linear = keras.layers.Dense(outputs[1], use_bias=False, trainable=False, name="monotone", **exact)
+    result = keras.layers.Add(**exact)([model(inputs), linear(inputs)])
     linear.kernel.assign(kernel)
     return keras.Model(inputs, result)

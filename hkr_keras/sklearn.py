@@ -287,7 +287,13 @@ class HKRRegressor(RegressorMixin, _Estimator):
         X, y = validate_data(self, X, y, dtype="float32", y_numeric=True)
         lipschitz = number("lipschitz", self.lipschitz, strict=True)
         y = y.astype("float64")
-        self.mean_, self.scale_ = float(y.mean()), float(y.std()) or 1.0
+        with np.errstate(over="ignore", invalid="ignore"):
+            self.mean_, self.scale_ = float(y.mean()), float(y.std()) or 1.0
+        if not math.isfinite(self.mean_) or not math.isfinite(self.scale_):
+            raise ValueError(
+                "Expected numbers whose mean and deviation float64 can hold. "
+                f"Received: y with mean {self.mean_} and deviation {self.scale_}"
+            )
         targets = ((y - self.mean_) / self.scale_).astype("float32")[:, None]
         self._train(X, targets, 1, copy.deepcopy(self.loss), scale=lipschitz)
         return self

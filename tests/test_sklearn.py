@@ -366,6 +366,11 @@ def test_parameters_of_regressors_out_of_range(parameters, message):
         HKRRegressor(**parameters).fit(X_DIABETES, Y_DIABETES)
 
 
+def test_numbers_whose_deviation_overflows_are_refused():
+    with pytest.raises(ValueError, match="float64 can hold"):
+        HKRRegressor(epochs=1).fit(np.eye(4), [1e200, -1e200, 0.0, 0.0])
+
+
 def test_intervals_of_negative_distances_are_refused(regressor):
     with pytest.raises(ValueError, match=r"Received: epsilon=-0\.1"):
         regressor.certify(X_DIABETES, epsilon=-0.1)

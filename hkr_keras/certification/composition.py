@@ -262,11 +262,12 @@ def reflector(layer: Any) -> Reflector:
 def reflector_operator(layer: Any) -> Matrix:
     """The kernel as it was composed here, within what other programs may make of nearly dependent vectors.
 
-    Its norm is at most 1 for any factor Y of norm at most the root of 2: P then has eigenvalues in [0, 1].
+    Its norm is at most 1 for any factor Y of norm at most the root of 2, which the layer sees to: P then has its
+    eigenvalues in [0, 1]. Rounding may leave a little more here.
     """
     found, present = reflector(layer), as_float64(layer.kernel)
     error = _norm(present - found.kernel) + 2 * found.sensitivity
-    return Matrix(present, error * (1 + 1e-6) + _FLUSHED, limit=1.0)
+    return Matrix(present, error * (1 + 1e-6) + _FLUSHED, limit=max(1.0, _norm(present)))
 
 
 @composition_error.register(layers.ReflectorDense)

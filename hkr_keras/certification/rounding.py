@@ -122,9 +122,10 @@ class Tracer:
         def apply(place: Application, traces: list[Trace]) -> Trace:
             nonlocal largest
             traces = [trace.rounded() for trace in traces] if self._casts else traces
-            if place.path not in self._known:
-                self._known[place.path] = _known(place, traces)
-            output, added = _output(place, traces, self._known[place.path])
+            key = (place.path, *(trace.value.shape[1:] for trace in traces))  # batches may be of other sizes
+            if key not in self._known:
+                self._known[key] = _known(place, traces)
+            output, added = _output(place, traces, self._known[key])
             reached = Affine(norms(output.value), 0.0) + output.spread()
             lost = added.times(1 / UNIT_ROUNDOFF)  # partial sums are below what they may lose
             largest = largest.larger(reached).larger(lost)

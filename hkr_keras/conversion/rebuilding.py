@@ -65,11 +65,12 @@ class Rebuilder:
         if type(layer) is _k.TimeDistributed:
             inner = self._layer(layer.layer)
             names = [layer.name, *(f"{layer.name}_{follower.name}" for follower in inner[1:])]
-            return [_k.TimeDistributed(new, name=name) for new, name in zip(inner, names, strict=True)]
+            dtype = layer.dtype_policy  # not the one that is the default by now
+            return [_k.TimeDistributed(new, name=name, dtype=dtype) for new, name in zip(inner, names, strict=True)]
         if type(layer) is _k.Bidirectional:  # which makes layers of its own from the configurations of these
             (forward,), (backward,) = (self.stand_ins(each)[0] for each in (layer.forward_layer, layer.backward_layer))
             settings = {"merge_mode": layer.merge_mode, "name": layer.name, "trainable": layer.trainable}
-            both = _k.Bidirectional(forward, backward_layer=backward, **settings)
+            both = _k.Bidirectional(forward, backward_layer=backward, dtype=layer.dtype_policy, **settings)
             self.fills.append(lambda: both.set_weights(layer.get_weights()))
             return [both]
         new, fill = self.stand_ins(layer)

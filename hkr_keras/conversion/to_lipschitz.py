@@ -144,7 +144,7 @@ def convert(
             f"says what to put in their place. Received: model '{model.name}' with\n" + "\n".join(refused)
         )
     data = None if calibrate is None else _checked(model, calibrate)
-    new = Rebuilder(lambda layer: plan.stand_ins[layer])(model)
+    new = Rebuilder(lambda layer: plan.stand_ins.get(layer) or copied(layer))(model)  # as those of a Bidirectional
     if data is None:
         _rescale_offsets(new, plan.old_layers)
     else:

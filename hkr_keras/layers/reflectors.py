@@ -57,7 +57,31 @@ def _orthonormal_factor(vectors: Tensor) -> Tensor:
     # NaN stays in V and is not factored, which PyTorch and TensorFlow would answer with an error of their own.
     gram = ops.where(ops.isfinite(gram), gram, identity) + _RIDGE * rank * identity
     inverse = ops.solve_triangular(ops.cholesky(gram), identity, lower=True)
-    return v @ ops.transpose(ops.stop_gradient(inverse))
+    return _at_most_root_two(v @ ops.transpose(ops.stop_gradient(inverse)))
+
+
+def _at_most_root_two(factor: Tensor) -> Tensor:
+    """Y, or, where its norm could exceed the root of 2, a multiple of it that does not: `reflect` wants no more.
+
+    That happens where float32 loses more of `V^T V` than the ridge adds: with one large entry and thousands of small
+    ones in nearly equal columns. The norm of `G = Y^T Y` is at most `|G^8|_F^(1/8)`, here in halves, so that no power
+    leaves the range of float32; of a right Y it is so far below that nothing changes, bit by bit.
+
+    Example:
+
+    >>> ops.convert_to_numpy(_at_most_root_two(ops.array([[1.0], [3.0]]))).round(3).tolist()
+    [[0.436], [1.308]]
+    """
+    power = 0.5 * ops.stop_gradient(ops.transpose(factor) @ factor)
+    for _ in range(3):
+        power = power @ power
+    total = ops.sum(ops.square(power))  # at least the 16th power of half the squared norm
+    root = total
+    for _ in range(4):
+        root = ops.sqrt(root)
+    one = ops.ones_like(root)
+    too_large = total > 0.95**16
+    return factor * ops.where(too_large, ops.sqrt(0.95 / ops.where(too_large, root, one)), one)
 
 
 def _reflect(x: Tensor, factor: Tensor, units: int) -> Tensor:

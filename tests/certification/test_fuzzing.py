@@ -22,9 +22,9 @@ def test_a_wrong_bound_is_found_and_its_model_shrinks(monkeypatch):
     """Half of the bound of every model with a Dense layer: the fuzzer has to notice, and to blame nothing else."""
     right = hkr.lipschitz_bound
 
-    def wrong(model):
+    def wrong(model, **settings):
         dense = any(isinstance(layer, keras.layers.Dense) for layer in getattr(model, "layers", []))
-        return right(model) / (2 if dense else 1)
+        return right(model, **settings) / (2 if dense else 1)
 
     monkeypatch.setattr(hkr, "lipschitz_bound", wrong)
     program = fuzzing.Program(
