@@ -395,12 +395,15 @@ def lipschitz_bound(model: Any, method: str = "product") -> float:
         raise ValueError(f"Expected a Keras model or layer. Received: model={model!r}")
     if not is_model(model):
         return bound_of(model)
+    product = joint_constant(model_states(model))
     if method == "product":
-        return joint_constant(model_states(model))
+        return product
     inputs = model_inputs(model)
     shapes = [None if tensor is None else tensor.shape for tensor in inputs]
     chains = [_Chain(LipschitzState(row)) for row in np.eye(len(inputs))]
-    return joint_constant([LipschitzState(chain.constants) for chain in walk(model, chains, _chain_through, shapes)])
+    found = walk(model, chains, _chain_through, shapes)
+    # Where a chain ends nothing is folded over its end, as it may be in the product.
+    return min(product, joint_constant([LipschitzState(chain.constants) for chain in found]))
 
 
 def _model_bound(model: Any, shape: Shape = None) -> float:

@@ -220,8 +220,16 @@ class ExportedModel:
         """Predictions and radii, from the outputs of the file and the constants of its certificate.
 
         An input that float32 does not hold exactly loses the distance by which it is rounded.
+
+        Raises:
+            ValueError: for inputs of other shapes, none, or NaN and infinite ones.
         """
-        singles, input_rounding = to_float32(self._checked(x))
+        arrays = self._checked(x)
+        if not all(len(array) and np.isfinite(array).all() for array in arrays):  # outputs may be finite all the same
+            raise ValueError(
+                f"Expected finite inputs, at least one. Received: x of shapes {[array.shape for array in arrays]}"
+            )
+        singles, input_rounding = to_float32(arrays)
         outputs = self.predict(singles)
         return self.certificate.of_outputs(outputs.reshape(len(outputs), -1), input_rounding)
 

@@ -89,3 +89,12 @@ def test_labels_that_are_no_numbers_are_refused():
     for labels in (np.array([0, None]), ["a", "b"], np.array([0, 1j])):
         with pytest.raises(ValueError, match="labels that are numbers"):
             certificate.accuracy(labels)
+
+
+def test_semidefinite_bounds_are_never_above_the_product():
+    """Flatten ends a chain, but numbers before it fold into what is behind it."""
+    model = keras.Sequential([keras.Input((2, 2)), K.Rescaling([1.0, 100.0]), K.Flatten(), K.Dense(2, use_bias=False)])
+    model.set_weights([np.array([[1.0, 0.0], [0.0, 0.0], [0.0, 1.0], [0.0, 0.0]])])
+    product = hkr.lipschitz_bound(model)
+    assert product < 1.01
+    assert hkr.lipschitz_bound(model, method="semidefinite") <= product

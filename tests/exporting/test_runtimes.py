@@ -325,3 +325,20 @@ def test_a_file_takes_the_shapes_of_its_model(x, exported):
     for run in (file.predict, file.certify):
         with pytest.raises(ValueError, match="Expected arrays of numbers of the shapes"):
             run(list(x) if isinstance(x, list) else x)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_inputs_that_are_not_finite_are_refused_whatever_the_outputs(value, monkeypatch):
+    """A pooling of the runtime may take the number beside NaN, and relu6 ends at 6."""
+    monkeypatch.setitem(exporting.runtimes._RUNTIMES, "onnx", lambda path, names: lambda arrays: np.ones((2, 1)))
+    inputs = ({"name": "x", "shape": [None, 3], "dtype": "float32"},)
+    certificate = exporting.ExportedCertificate(
+        distances=np.ones((1, 1)), bound=1.0, method="score", inputs=inputs, format="onnx"
+    )
+    x = np.ones((2, 3), "float32")
+    file = exporting.ExportedModel("net.onnx", certificate)
+    assert file.certify(x).radius.shape == (2,)
+    x[0, 0] = value
+    for wrong in (x, x.astype("float64"), x[:0]):
+        with pytest.raises(ValueError, match="finite inputs"):
+            file.certify(wrong)
