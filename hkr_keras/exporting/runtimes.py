@@ -1,6 +1,7 @@
 """Writes models as SavedModel, ONNX or LiteRT, and runs such files in their own runtimes."""
 
 import dataclasses
+import importlib.util
 import pathlib
 import warnings
 from collections.abc import Callable, Sequence
@@ -49,9 +50,9 @@ def export(
         The `ExportedCertificate`.
 
     Raises:
-        ValueError: as `certify` and `to_keras`; for a path and a format that do not fit, other options, or a file whose
-            outputs are not those of the model.
-        ImportError: without the packages of the extra `export`.
+        ValueError: as `certify` and `to_keras`; for a path and a format that do not fit, other options, a SavedModel
+            with PyTorch, or a file whose outputs are not those of the model.
+        ImportError: without the packages of the extra `export`, or of a pair that wants others.
 
     Example:
 
@@ -70,6 +71,7 @@ def export(
             "Expected options that leave the function as it is, since the constants are those of the model: "
             f"{', '.join(_HARMLESS)}. Received: {', '.join(unknown)}"
         )
+    _check_backend(path, format)
     probes = _probes(model)
     checked = certify(model, probes[0] if len(probes) == 1 else probes, verbose=0)  # refuses what has no certificate
     _check_fed(model)
@@ -91,10 +93,8 @@ def export(
             warnings.simplefilter("ignore")  # third parties' own business
             plain.export(str(path), format=format, **{"verbose": False, **kwargs})
     except ImportError as error:
-        other = "tensorflow" if format == "litert" else "torch"
         raise ImportError(
-            f"Exports to {format} need more packages: {_EXTRA}. {error}. Or another backend, for a saved model: "
-            f"KERAS_BACKEND={other} hkr_keras export model.keras {path}"
+            f"Exports to {format} need more packages: {_EXTRA}. {error}. {_other(path, format)}"
         ) from error
     if difference := _difference(model, ExportedModel(path, certificate), probes, bound):
         raise ValueError(
@@ -104,6 +104,32 @@ def export(
     certificate = dataclasses.replace(certificate, sha256=file_hash(path))
     certificate_path(path).write_text(certificate.to_json())
     return certificate
+
+
+_WRITERS = {("jax", "onnx"): "jax2onnx", ("torch", "litert"): "litert_torch"}  # what Keras asks for, beside the extra
+
+
+def _check_backend(path: pathlib.Path, format: str) -> None:
+    """Refuses before work what Keras cannot write with this backend.
+
+    Raises:
+        ValueError: for a SavedModel with PyTorch.
+        ImportError: without a package that the extra does not have.
+    """
+    backend = keras.backend.backend()
+    if (backend, format) == ("torch", "tf_saved_model"):
+        raise ValueError(
+            f"Expected TensorFlow or JAX as the backend, since PyTorch writes no SavedModel. {_other(path, format)}. "
+            f"Received: KERAS_BACKEND=torch, path={path}"
+        )
+    needed = _WRITERS.get((backend, format))
+    if needed and importlib.util.find_spec(needed) is None:
+        raise ImportError(f"Exports to {format} with {backend} need {needed}. {_other(path, format)}")
+
+
+def _other(path: pathlib.Path, format: str) -> str:
+    other = "torch" if format == "onnx" and importlib.util.find_spec("tensorflow") is None else "tensorflow"
+    return f"Or another backend, for a saved model: KERAS_BACKEND={other} hkr_keras export model.keras {path}"
 
 
 def _check_fed(model: keras.Model) -> None:

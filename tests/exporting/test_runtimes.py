@@ -263,8 +263,18 @@ def test_without_packages_another_backend_is_named(tmp_path, monkeypatch):
         raise ImportError("jax2onnx")
 
     monkeypatch.setattr(keras.Model, "export", export)
-    with pytest.raises(ImportError, match=r"jax2onnx.*KERAS_BACKEND=torch hkr_keras export model.keras .*net.onnx"):
-        hkr.export(hkr.models.lipschitz_mlp((4,), 3, widths=(8,)), tmp_path / "net.onnx")
+    model = hkr.models.lipschitz_mlp((4,), 3, widths=(8,))
+    advice = r"KERAS_BACKEND=tensorflow hkr_keras export model.keras .*net"
+    with pytest.raises(ImportError, match=rf"jax2onnx.*{advice}.onnx"):
+        hkr.export(model, tmp_path / "net.onnx")
+    monkeypatch.setattr(keras.Model, "export", lambda *args, **kwargs: pytest.fail("work began"))
+    monkeypatch.setattr(keras.backend, "backend", lambda: "torch")
+    with pytest.raises(ValueError, match=rf"PyTorch writes no SavedModel.*{advice}"):
+        hkr.export(model, tmp_path / "net")
+    monkeypatch.setattr(keras.backend, "backend", lambda: "jax")
+    monkeypatch.setattr(exporting.runtimes.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"Exports to onnx with jax need jax2onnx.*KERAS_BACKEND=torch"):
+        hkr.export(model, tmp_path / "net.onnx")
 
 
 def test_a_file_that_computes_something_else_is_refused(tmp_path, monkeypatch):
