@@ -169,12 +169,12 @@ fig, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
 for ax, epsilon in zip(axes, (36 / 255, 0.5), strict=True):
     certified = [c.accuracy(data.y_test, epsilon) for c in certificates]
     hkr.plotting.plot_frontier(clean, certified, ax)
-    for setting, x, y in zip(settings, clean, certified, strict=True):
-        follows = min((pair for pair in zip(clean, certified, strict=True) if pair[0] > x), default=(x, 0.0))
-        side, offset = ("right", (-6, 5)) if follows[1] > y else ("left", (6, 5))  # the side that the line leaves free
-        ax.annotate(str(setting), (100 * x, 100 * y), offset, textcoords="offset points", fontsize=9, ha=side)
-    ax.set_title(f"radius {epsilon:.3g}, for (alpha, margin)", fontsize=11)
-    ax.margins(0.25, 0.2)
+    for (alpha, margin), x, y in zip(settings, clean, certified, strict=True):
+        side, offset = ("left", (7, -3)) if x == max(clean) else ("right", (-7, 4))
+        label = f"alpha {alpha}, margin {margin}"
+        ax.annotate(label, (100 * x, 100 * y), offset, textcoords="offset points", fontsize=8, ha=side)
+    ax.set_title(f"radius {epsilon:.3g}", fontsize=11)
+    ax.margins(0.5, 0.2)
 plt.show()
 
 # %% [markdown]
