@@ -5,6 +5,7 @@ from typing import Any, TypeAlias
 import keras
 from keras import ops
 
+from hkr_keras._backends.compiling import branch
 from hkr_keras._registration import registered
 from hkr_keras.geometry import Geometry, weight_geometries
 from hkr_keras.layers.base import ComposedKernel, at_least_float32
@@ -64,24 +65,31 @@ def _at_most_root_two(factor: Tensor) -> Tensor:
     """Y, or, where its norm could exceed the root of 2, a multiple of it that does not: `reflect` wants no more.
 
     That happens where float32 loses more of `V^T V` than the ridge adds: with one large entry and thousands of small
-    ones in nearly equal columns. The norm of `G = Y^T Y` is at most `|G^8|_F^(1/8)`, here in halves, so that no power
-    leaves the range of float32; of a right Y it is so far below that nothing changes, bit by bit.
+    ones in nearly equal columns. The norm of `G = Y^T Y` is at most `1 + |G - I|_F`, which settles it where columns of
+    V are not nearly dependent; and at most `|G^8|_F^(1/8)`, here in halves, so that no power leaves the range of
+    float32. A right Y stays as it is, bit by bit.
 
     Example:
 
-    >>> ops.convert_to_numpy(_at_most_root_two(ops.array([[1.0], [3.0]]))).round(3).tolist()
-    [[0.436], [1.308]]
+    >>> round(float(_at_most_root_two(ops.array([[1.0], [3.0]]))[1, 0]), 3)
+    1.308
     """
-    power = 0.5 * ops.stop_gradient(ops.transpose(factor) @ factor)
-    for _ in range(3):
-        power = power @ power
-    total = ops.sum(ops.square(power))  # at least the 16th power of half the squared norm
-    root = total
-    for _ in range(4):
-        root = ops.sqrt(root)
-    one = ops.ones_like(root)
-    too_large = total > 0.95**16
-    return factor * ops.where(too_large, ops.sqrt(0.95 / ops.where(too_large, root, one)), one)
+    gram = ops.stop_gradient(ops.transpose(factor) @ factor)
+    deviation = ops.sqrt(ops.sum(ops.square(gram - ops.eye(gram.shape[-1], dtype=gram.dtype))))
+    one = ops.ones_like(deviation)
+
+    def scale() -> Tensor:
+        power = 0.5 * gram
+        for _ in range(3):
+            power = power @ power
+        total = ops.sum(ops.square(power))  # at least the 16th power of half the squared norm
+        root = total
+        for _ in range(4):
+            root = ops.sqrt(root)
+        too_large = total > 0.95**16
+        return ops.where(too_large, ops.sqrt(0.95 / ops.where(too_large, root, one)), one)
+
+    return factor * branch(deviation > 0.9, scale, lambda: one)
 
 
 def _reflect(x: Tensor, factor: Tensor, units: int) -> Tensor:
