@@ -4,7 +4,8 @@ BACKEND ?= tensorflow
 BACKENDS ?= tensorflow jax torch
 WORKERS ?= 2
 BIN = $(VENV)/bin
-PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint tests/constraints.txt
+# Python compiles what is imported, which is less than what is installed.
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint tests/constraints.txt
 # One thread per worker: two workers on two cores, whatever the backend.
 ONE_THREAD = OMP_NUM_THREADS=1 TF_NUM_INTRAOP_THREADS=1 TF_NUM_INTEROP_THREADS=1 \
 	XLA_FLAGS="--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"

@@ -19,9 +19,7 @@ from hkr_keras.certification.batches import batches
 from hkr_keras.certification.certificates import Certificate, certify
 
 __all__ = [
-    "ATTACKS",
     "BrokenCertificate",
-    "Robustness",
     "as_logits",
     "evaluate_robustness",
 ]

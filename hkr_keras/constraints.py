@@ -5,10 +5,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from hkr_keras import linalg
-from hkr_keras._backends.compiling import branch, compiled
+from hkr_keras._backends.compiling import branch, compiled, in_one_go
 from hkr_keras._hints import renamed
 from hkr_keras._registration import registered
 from hkr_keras.geometry import Geometry, flattened_layers, model_kernels
@@ -70,7 +71,7 @@ class LipschitzConstraint(keras.constraints.Constraint):
 
     def project(self, kernel: Tensor) -> Tensor:
         """One cheap projection, as after every optimizer step."""
-        return self._on_matrices(self._project, kernel)
+        return in_one_go(_on_matrices, ops.convert_to_tensor(kernel), self._geometry_of(kernel), self._projection)
 
     def polish(self, kernel: Tensor) -> Tensor:
         """The projection to full precision. For eager use: it iterates on the host until nothing changes."""
@@ -86,7 +87,8 @@ class LipschitzConstraint(keras.constraints.Constraint):
         """An initializer that starts on the constraint set, from another one, by default `"glorot_uniform"`."""
         return ConstrainedInitializer(initializer, self)
 
-    def _project(self, matrices: Tensor) -> Tensor:
+    @staticmethod
+    def _projection(matrices: Tensor) -> Tensor:
         raise NotImplementedError
 
     def _geometry_of(self, kernel: Tensor) -> Geometry:
@@ -98,15 +100,23 @@ class LipschitzConstraint(keras.constraints.Constraint):
             )
         return self.geometry or Geometry()
 
-    def _on_matrices(self, function: Any, kernel: Tensor) -> Tensor:
-        geometry = self._geometry_of(kernel)
-        kernel = ops.convert_to_tensor(kernel)
-        matrices = geometry.to_matrices(kernel)
-        if geometry.gain == 1.0:
-            return geometry.from_matrices(function(matrices), kernel.shape)
-        largest = (6e4 if keras.backend.standardize_dtype(matrices.dtype) == "float16" else 3e38) / geometry.gain
-        matrices = ops.clip(matrices, -largest, largest) * geometry.gain  # finite weights stay finite
-        return geometry.from_matrices(function(matrices), kernel.shape) / geometry.gain
+
+def _matrices_of(kernel: Tensor, geometry: Geometry) -> Tensor:
+    """The matrices of a kernel, times the gain; finite weights stay finite."""
+    matrices = geometry.to_matrices(kernel)
+    if geometry.gain == 1.0:
+        return matrices
+    largest = (6e4 if keras.backend.standardize_dtype(matrices.dtype) == "float16" else 3e38) / geometry.gain
+    return ops.clip(matrices, -largest, largest) * geometry.gain
+
+
+def _kernel_of(matrices: Tensor, geometry: Geometry, shape: tuple[int, ...]) -> Tensor:
+    kernel = geometry.from_matrices(matrices, shape)
+    return kernel if geometry.gain == 1.0 else kernel / geometry.gain
+
+
+def _on_matrices(kernel: Tensor, geometry: Geometry, projection: Callable[[Tensor], Tensor]) -> Tensor:
+    return _kernel_of(projection(_matrices_of(kernel, geometry)), geometry, tuple(kernel.shape))
 
 
 @registered
@@ -204,14 +214,19 @@ class Orthonormal(LipschitzConstraint):
         kernel, is_due = ops.convert_to_tensor(w), ops.equal((ops.cast(steps, "int32") + index) % self.every, 0)
         return branch(is_due, lambda: self.project(kernel), lambda: kernel)
 
-    def _project(self, matrices: Any) -> Any:
-        return linalg.newton_schulz(matrices)
+    _projection = staticmethod(linalg.newton_schulz)
 
     def start(self, kernel: Any) -> Any:
-        return self._on_matrices(linalg.orthonormal_basis, kernel)
+        return self._on_the_host(linalg.orthonormal_basis, kernel)
 
     def polish(self, kernel: Any) -> Any:
-        return self._on_matrices(_newton_schulz_to_precision, kernel)
+        return self._on_the_host(_newton_schulz_to_precision, kernel)
+
+    def _on_the_host(self, projection: Callable[[Tensor], Tensor], kernel: Any) -> Any:
+        """As `project`, by a projection that looks at values."""
+        geometry, kernel = self._geometry_of(kernel), ops.convert_to_tensor(kernel)
+        matrices = projection(in_one_go(_matrices_of, kernel, geometry))
+        return in_one_go(_kernel_of, matrices, geometry, tuple(kernel.shape))
 
 
 @registered
@@ -257,8 +272,7 @@ class SpectralBall(LipschitzConstraint):
         Gouk et al., Machine Learning 110 (2021).
     """
 
-    def _project(self, matrices: Any) -> Any:
-        return linalg.spectral_ball(matrices)
+    _projection = staticmethod(linalg.spectral_ball)
 
 
 @registered
@@ -279,19 +293,19 @@ class UnitNorm(LipschitzConstraint):
 
     def project(self, kernel: Any) -> Any:
         axes = self._geometry_of(kernel).output_vector_axes(len(kernel.shape))
-        return linalg.unit_norm(ops.convert_to_tensor(kernel), axis=axes)
+        return in_one_go(linalg.unit_norm, ops.convert_to_tensor(kernel), axes)
 
 
 def _newton_schulz_to_precision(matrices: Tensor) -> Tensor:
     rows, columns = matrices.shape[-2:]
     w = matrices
     for _ in range(_MAX_POLISHING_STEPS if min(rows, columns) > 1 else 1):
-        w = linalg.newton_schulz(w)
+        w = in_one_go(linalg.newton_schulz, w)
         a = ops.convert_to_numpy(w)
         gram = a @ a.swapaxes(-1, -2) if rows < columns else a.swapaxes(-1, -2) @ a
-        deviation = abs(gram - keras.ops.convert_to_numpy(ops.eye(min(rows, columns)))).max()
+        deviation = abs(gram - np.eye(min(rows, columns))).max()
         if not deviation > _POLISHED:
-            return linalg.newton_schulz(w)  # a small entry everywhere may still add up to a larger norm
+            return in_one_go(linalg.newton_schulz, w)  # a small entry everywhere may still add up to a larger norm
     return w
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import keras
 from keras import ops
 
-__all__ = ["Geometry", "kernel_geometries", "weight_geometries"]
+__all__ = ["Geometry", "kernel_geometries"]
 
 Tensor = Any
 

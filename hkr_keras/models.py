@@ -14,7 +14,7 @@ from hkr_keras import layers
 from hkr_keras.certification.bounds import lipschitz_bound, model_states
 from hkr_keras.constraints import LipschitzConstraint, UnitNorm
 
-__all__ = ["lipschitz_cnn", "lipschitz_mlp", "lipschitz_resnet", "lipschitz_shift_net", "monotone"]
+__all__ = ["lipschitz_cnn", "lipschitz_mlp", "lipschitz_resnet", "lipschitz_shift_net"]
 
 
 def lipschitz_mlp(

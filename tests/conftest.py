@@ -98,12 +98,16 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-    """PyTorch runs everything; others a part of each table, less of those marked `many`, all of those marked `each`."""
+    """PyTorch runs everything; others a part of each table, less of those marked `many`, all of those marked `each`.
+
+    What is slow comes first, so that no worker is left alone with it at the end.
+    """
     addresses = [item.nodeid for item in items if " at 0x" in item.nodeid]
     if addresses:
         raise pytest.UsageError(f"Expected names of tests that are the same in every worker. Received: {addresses}")
     if shared := _shared(items):
         raise pytest.UsageError(f"Expected tests that make their layers and models themselves. Received: {shared}")
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     backend = keras.backend.backend()
     if backend == "torch" or config.getoption("--everywhere"):
         return

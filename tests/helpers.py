@@ -147,6 +147,23 @@ def gradient(function, x):
 def adam_steps(layer, learning_rate, steps=3):
     """Steps of the real optimizer with random gradients: constraints run where Keras runs them."""
     optimizer, variables = keras.optimizers.Adam(learning_rate), layer.trainable_variables
+    optimizer.build(variables)
+    apply = in_one_program(optimizer, variables) if BACKEND == "jax" else optimizer.apply
     for step in range(steps):
         gradients = [normal(variable.shape, seed=10 * step + i) for i, variable in enumerate(variables)]
-        optimizer.apply([keras.ops.convert_to_tensor(g) for g in gradients], variables)
+        apply([keras.ops.convert_to_tensor(g) for g in gradients], variables)
+
+
+def in_one_program(optimizer, variables):
+    """`optimizer.apply` compiled, as in the training loop of JAX; otherwise each operation is a program of its own."""
+    import jax
+
+    own = optimizer.variables
+    step = jax.jit(optimizer.stateless_apply)
+
+    def apply(gradients, _):
+        found = step([each.value for each in own], gradients, [each.value for each in variables])
+        for variable, value in zip([*variables, *own], [*found[0], *found[1]], strict=True):
+            variable.assign(value)
+
+    return apply

@@ -146,12 +146,14 @@ def test_a_callback_that_has_trained_holds_no_tensors():
     assert not callback._waiting
 
 
+@pytest.mark.once
 def test_without_the_callback_plain_layers_leave_the_set():
     model, probe = compiled(plain_model()), Probe()
     fit(model, probe)
     assert max(probe.batches) > 1.01
 
 
+@pytest.mark.once
 def test_training_still_moves_the_weights():
     model = compiled(plain_model())
     before = [host(weight) for weight in model.trainable_weights]
@@ -183,12 +185,14 @@ def test_wrong_every(every):
         Orthonormalize(every)
 
 
+@pytest.mark.once
 def test_a_constraint_of_another_library_is_refused():
     model = compiled(plain_model(kernel_constraint=keras.constraints.MaxNorm(2)))
     with pytest.raises(ValueError, match=r"Expected the constraint .* Received: constraint=.*MaxNorm"):
         fit(model, Orthonormalize())
 
 
+@pytest.mark.once
 def test_frozen_plain_layers_are_left_alone():
     model = plain_model(trainable=False)
     frozen = model.layers[4]
@@ -198,6 +202,7 @@ def test_frozen_plain_layers_are_left_alone():
     assert deviation(model) < EXACT
 
 
+@pytest.mark.once
 def test_nested_and_shared_plain_layers():
     body = keras.Sequential([keras.Input((6,)), keras.layers.Dense(6), hkr.layers.GroupSort(2)])
     x = keras.Input((6,))
@@ -206,6 +211,7 @@ def test_nested_and_shared_plain_layers():
     assert deviation(model) < EXACT
 
 
+@pytest.mark.once
 def test_a_bound_constraint_on_a_plain_dense_layer_is_used():
     model = compiled(plain_model(kernel_constraint=hkr.constraints.SpectralBall()))
     dense = model.layers[4]
@@ -251,6 +257,7 @@ def off_the_set(model):
     return {layer.name for layer in layers if max(abs(value - 1) for value in singular_values(layer)) > EXACT}
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("critic", [hkr.layers.LipschitzDense, hkr.layers.AOLDense], ids=lambda cls: cls.__name__)
 def test_plain_layers_beside_lipschitz_layers_are_left_alone(critic):
     model = compiled(generator_and_critic(critic))
@@ -261,6 +268,7 @@ def test_plain_layers_beside_lipschitz_layers_are_left_alone(critic):
     assert off_the_set(model) - {"critic_0"} == {"generator_0", "generator_1", "critic_1"}
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("layers", "left"),
     [
@@ -278,6 +286,7 @@ def test_layers_says_what_is_projected(layers, left):
     assert off_the_set(model) == left
 
 
+@pytest.mark.once
 def test_layers_restricts_a_plain_model():
     model = compiled(
         keras.Sequential([keras.Input((6,)), keras.layers.Dense(6, name="a"), keras.layers.Dense(1, name="b")])
@@ -286,12 +295,14 @@ def test_layers_restricts_a_plain_model():
     assert off_the_set(model) == {"b"}
 
 
+@pytest.mark.once
 def test_layers_that_the_model_does_not_have_are_refused():
     for layers in (["critic_7"], keras.layers.Dense(2)):
         with pytest.raises(ValueError, match=r"Received: layers=.* is not in model"):
             fit(compiled(generator_and_critic()), Orthonormalize(layers=layers))
 
 
+@pytest.mark.once
 def test_what_is_projected_is_said_once(capsys):
     model, callback = compiled(generator_and_critic()), Orthonormalize(verbose=1)
     fit(model, callback)
@@ -322,6 +333,7 @@ MISLEADING = {
 }
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", MISLEADING)
 def test_metrics_with_another_threshold_are_warned_of_once(name):
     model, (loss, metric) = our_model(), MISLEADING[name]()
@@ -354,6 +366,7 @@ def test_metrics_of_scores_and_losses_of_probabilities_are_fine():
         assert not hkr.callbacks._misleading_metrics(model)
 
 
+@pytest.mark.once
 def test_fit_warns_too():
     with pytest.warns(UserWarning, match="hkr_keras.metrics.Accuracy"):
         fit(compiled(our_model(), metrics=["accuracy"]), Orthonormalize())
@@ -484,6 +497,7 @@ def test_deferred_factors_of_orthogonal_convolutions(every):
     assert hkr.lipschitz_bound(model.layers[1]) <= 1 + 4e-7
 
 
+@pytest.mark.once
 def test_a_certificate_between_projections_is_that_of_the_stored_kernel():
     model = compiled(deferred_model())
     fit(model)  # three steps, and nothing projects
@@ -504,6 +518,7 @@ def test_several_steps_per_execution_are_refused_for_deferred_kernels():
         callback.on_train_begin()
 
 
+@pytest.mark.once
 def test_frozen_deferred_kernels_are_left_alone():
     model = deferred_model(trainable=False)
     kernel = model.layers[1].kernel
@@ -535,6 +550,7 @@ def test_deferred_constraints_stay(how, tmp_path):
     assert deviation(model) < EXACT
 
 
+@pytest.mark.once
 def test_deferred_kernels_are_stripped_as_they_are():
     model = compiled(deferred_model())
     fit(model)
@@ -708,6 +724,7 @@ def test_monitor_of_a_dense_model_finds_the_singular_values():
     assert history["sigma_min"][-1] == pytest.approx(min(values), rel=1e-6)
 
 
+@pytest.mark.once
 def test_monitor_sees_what_orthonormalize_did():
     history = fit(compiled(plain_model()), Orthonormalize(), LipschitzMonitor())
     assert history["lipschitz_bound"][-1] <= 1 + 1e-5
@@ -734,6 +751,7 @@ def test_certified_evaluation(outputs):
     assert 0 < expected["clean_accuracy"] <= 1
 
 
+@pytest.mark.once
 def test_certified_evaluation_covers_rounding_when_asked():
     model = compiled(our_model())
     history = fit(model, CertifiedEvaluation(X, Y, [0.25], rigorous=True))
@@ -742,6 +760,7 @@ def test_certified_evaluation_covers_rounding_when_asked():
     assert rigorous < exact
 
 
+@pytest.mark.once
 def test_loggers_that_come_later_see_the_numbers(tmp_path):
     logger = keras.callbacks.CSVLogger(str(tmp_path / "log.csv"))
     fit(compiled(our_model()), LipschitzMonitor(), CertifiedEvaluation(X, Y, [0.25]), logger)

@@ -10,7 +10,8 @@ from hkr_keras import linalg
 FEASIBLE = 1 + 1e-6
 SHAPES = [(5, 3), (3, 5), (4, 4), (2, 6, 3), (2, 3, 6), (7, 1), (1, 7)]
 
-table = settings(deadline=None, max_examples=30, derandomize=True)
+# JAX compiles anew for each shape.
+table = settings(deadline=None, max_examples=30 if BACKEND != "jax" else 8, derandomize=True)
 sides = st.integers(1, 8)
 exponents = st.integers(-30, 30)
 seeds = st.integers(0, 10_000)

@@ -1,6 +1,7 @@
 """The public names, and what importing the package does."""
 
 import ast
+import collections
 import importlib
 import inspect
 import os
@@ -85,6 +86,18 @@ def test_public_modules_say_what_is_public(name):
     module = importlib.import_module(".".join(("hkr_keras", *name.with_suffix("").parts)))
     assert len(module.__all__) == len(set(module.__all__))
     assert [each for each in module.__all__ if each.startswith("_") or not hasattr(module, each)] == []
+
+
+@pytest.mark.once
+def test_a_public_name_has_one_home():
+    importlib.import_module("hkr_keras.sklearn")  # which nothing else imports
+    modules = [value for name in hkr.__all__ if inspect.ismodule(value := getattr(hkr, name))] + [hkr.sklearn]
+    homes = collections.defaultdict(list)
+    for module in (hkr, *modules):
+        for name in module.__all__:
+            homes[id(getattr(module, name))].append(f"{module.__name__}.{name}")
+    assert [names for names in homes.values() if len(names) > 1] == []
+    assert sum(len(module.__all__) for module in modules) <= 111  # few, so that users find them
 
 
 @pytest.mark.once

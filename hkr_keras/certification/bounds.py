@@ -17,7 +17,7 @@ from hkr_keras.certification.checks import check_built, check_input_dtype
 from hkr_keras.certification.floating_point import MACHINE_EPSILON, SMALLEST_NORMAL_64
 from hkr_keras.certification.graph import Application, is_model, walk
 from hkr_keras.certification.operators import Diagonal, Matrix, Operator
-from hkr_keras.certification.rules.activations import ACTIVATION_BOUNDS, activation_bound, is_one_sided, monotone_slope
+from hkr_keras.certification.rules.activations import ACTIVATION_BOUNDS, is_one_sided, monotone_slope
 from hkr_keras.certification.rules.registry import (
     Shape,
     bound_of,
@@ -32,7 +32,7 @@ from hkr_keras.certification.rules.reshaping import RESHAPING
 from hkr_keras.certification.semidefinite import semidefinite_bound
 from hkr_keras.layers import Scale
 
-__all__ = ["ACTIVATION_BOUNDS", "activation_bound", "layer_bound", "lipschitz_bound", "merge_bound"]
+__all__ = ["ACTIVATION_BOUNDS", "layer_bound", "merge_bound"]
 
 
 def _length(values: Sequence[float] | np.ndarray) -> float:

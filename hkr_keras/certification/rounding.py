@@ -30,7 +30,6 @@ from hkr_keras.certification.floating_point import (
     Affine,
     Rounding,
     RoundingRule,
-    accumulated,
     norms,
     relative,
 )
@@ -39,7 +38,7 @@ from hkr_keras.certification.rules.registry import layer_bound, layer_rounding, 
 from hkr_keras.certification.singular_values import as_float64
 from hkr_keras.geometry import flattened_layers
 
-__all__ = ["UNIT_ROUNDOFF", "Rounding", "accumulated", "layer_rounding", "merge_rounding", "relative"]
+__all__ = ["Rounding", "layer_rounding", "merge_rounding", "relative"]
 
 _LINEAR, _RELU = keras.activations.linear, keras.activations.relu
 

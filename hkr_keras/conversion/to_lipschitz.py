@@ -13,9 +13,10 @@ import rich.console
 import rich.table
 
 from hkr_keras import constraints, layers
-from hkr_keras.certification.bounds import activation_bound, lipschitz_bound, merge_bound
+from hkr_keras.certification.bounds import lipschitz_bound, merge_bound
 from hkr_keras.certification.checks import check_kernel_layer, check_merge
 from hkr_keras.certification.graph import Application, consumers_of, is_model, source_of, walk
+from hkr_keras.certification.rules.activations import activation_bound
 from hkr_keras.certification.singular_values import as_float64
 from hkr_keras.conversion import calibrating
 from hkr_keras.conversion.rebuilding import Layer, Rebuilder, StandIns, calls_of, copied, from_config, operations_of

@@ -11,6 +11,7 @@ from helpers import adam_steps, double_precision, largest_ratio, normal, operato
 import hkr_keras as hkr
 from hkr_keras import bounds
 from hkr_keras.certification import singular_values
+from hkr_keras.certification.rules.activations import activation_bound
 from hkr_keras.geometry import Geometry
 
 K, L = keras.layers, hkr.layers
@@ -27,7 +28,7 @@ def test_activation_bounds_are_the_largest_slopes(function):
         values = keras.ops.convert_to_numpy(function(keras.ops.convert_to_tensor(grid, dtype="float64")))
     slope = np.abs(np.diff(values) / np.diff(grid)).max()
     rounding = 2 * np.finfo(values.dtype).eps * np.abs(values).max() / (grid[1] - grid[0])  # tanh of JAX: float32
-    assert slope - rounding <= bounds.activation_bound(function) <= 1.01 * slope
+    assert slope - rounding <= activation_bound(function) <= 1.01 * slope
 
 
 def test_softmax_bound_is_the_norm_of_its_jacobian():
@@ -41,7 +42,7 @@ def test_softmax_bound_is_the_norm_of_its_jacobian():
 @pytest.mark.parametrize("name", ["exponential", "hard_shrink", "threshold", "glu", "log_softmax"])
 def test_activations_without_a_constant_are_refused(name):
     with pytest.raises(ValueError, match=f"Received: activation={name}"):
-        bounds.activation_bound(getattr(keras.activations, name))
+        activation_bound(getattr(keras.activations, name))
 
 
 def test_the_activation_of_a_layer_counts():

@@ -9,6 +9,7 @@ from helpers import explicit_operator, largest_singular_value, to_numpy
 import hkr_keras as hkr
 from hkr_keras import bounds, rounding
 from hkr_keras.certification.local import local_radii
+from hkr_keras.certification.rules.activations import activation_bound
 from hkr_keras.certification.semidefinite import semidefinite_bound
 
 K, L = keras.layers, hkr.layers
@@ -359,7 +360,7 @@ def test_results_of_registered_rules_are_checked(result):
 def test_bounds_of_activations_are_not_negative(monkeypatch):
     monkeypatch.setitem(bounds.ACTIVATION_BOUNDS, abs, -3.0)
     with pytest.raises(ValueError, match="constant of at least 0"):
-        bounds.activation_bound(abs)
+        activation_bound(abs)
 
 
 def test_a_backend_of_its_own_is_refused():

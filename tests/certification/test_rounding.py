@@ -10,6 +10,7 @@ from helpers import double_precision, normal, to_numpy
 
 import hkr_keras as hkr
 from hkr_keras import rounding
+from hkr_keras.certification.floating_point import accumulated
 from hkr_keras.certification.prediction import Predictor
 from hkr_keras.certification.rounding import UNIT_ROUNDOFF, Affine, Tracer, layer_rounding, norms
 
@@ -102,7 +103,7 @@ def test_affine():
 @pytest.mark.parametrize("terms", [2**22, 2**24, 2**30])
 def test_sums_that_are_too_wide_are_refused(terms):
     with pytest.raises(ValueError, match="fewer than 2\\^22 terms"):
-        rounding.accumulated(terms)
+        accumulated(terms)
 
 
 # ---- certificates ------------------------------------------------------------------------------------------

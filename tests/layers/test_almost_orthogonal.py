@@ -225,6 +225,9 @@ def test_refused_arguments():
         L.SLLConv2D(4, 2)
 
 
+SILENCED = ("all", "outputs", "inputs", "both", "tiny", "denormal")
+
+
 def silenced(weight, what):
     """Weights with channels that start at zero, or so small that the square of their gradient would overflow."""
     weight = weight.copy()
@@ -238,19 +241,24 @@ def silenced(weight, what):
 
 
 @pytest.mark.many
-@pytest.mark.parametrize("what", ["all", "outputs", "inputs", "both", "tiny", "denormal"])
-@pytest.mark.parametrize(("cls", "arguments", "shape"), [*LINEAR[:2], LINEAR[4], *RESIDUAL[:3]], ids=str)
-def test_channels_that_start_at_zero_train(cls, arguments, shape, what):
+@pytest.mark.parametrize(("cls", "arguments", "shape"), [LINEAR[4], *LINEAR[:2], *RESIDUAL[:3]], ids=str)
+def test_channels_that_start_at_zero_train(cls, arguments, shape):
     layer = cls(**arguments)
     model = keras.Sequential([keras.Input(shape), layer, keras.layers.Flatten(), L.LipschitzDense(1)])
-    start = silenced(to_numpy(layer.unscaled, "float32"), what)
-    layer.unscaled.assign(start)
     model.compile("adam", loss="mse")
-    model.fit(normal((8, *shape)), normal((8, 1), seed=1), epochs=2, batch_size=4, verbose=0)
-    assert all(np.isfinite(to_numpy(weight)).all() for weight in model.weights)
-    zero_is_stationary = cls in (L.SLLDense, L.SLLConv2D) and what in ("all", "denormal")
-    assert zero_is_stationary or not np.array_equal(to_numpy(layer.unscaled, "float32"), start)
-    assert hkr.lipschitz_bound(model) <= 1 + 1e-5
+    model.optimizer.build(model.trainable_variables)
+    first, moments = model.get_weights(), [to_numpy(each, "float32") for each in model.optimizer.variables]
+    for what in SILENCED:  # in one program
+        model.set_weights(first)
+        for variable, value in zip(model.optimizer.variables, moments, strict=True):
+            variable.assign(value)
+        start = silenced(to_numpy(layer.unscaled, "float32"), what)
+        layer.unscaled.assign(start)
+        model.fit(normal((8, *shape)), normal((8, 1), seed=1), epochs=2, batch_size=4, verbose=0)
+        assert all(np.isfinite(to_numpy(weight)).all() for weight in model.weights), what
+        zero_is_stationary = cls in (L.SLLDense, L.SLLConv2D) and what in ("all", "denormal")
+        assert zero_is_stationary or not np.array_equal(to_numpy(layer.unscaled, "float32"), start), what
+        assert hkr.lipschitz_bound(model) <= 1 + 1e-5, what
 
 
 def test_a_layer_of_zeros_from_its_initializer_trains():

@@ -40,19 +40,28 @@ def shards_apart(model):
     return largest
 
 
-def value_and_gradient(name, distribution):
-    """The loss and its gradient with the batch in parts, against one device."""
-    loss, _, labels, predictions, weights = common.CASES[name]
-    loss = loss()
-    alone = jax.jit(jax.value_and_grad(lambda f, y, w: loss(y, f, w)))(predictions, labels, weights)
+def values_and_gradients(distribution):
+    """All losses and their gradients with the batch in parts, against one device: each in one program."""
+
+    def run(arrays):
+        found = {}
+        for name, (make, *_) in common.CASES.items():
+            loss = make()
+            labels, predictions, weights = arrays[name]
+            found[name] = jax.value_and_grad(lambda f, y=labels, w=weights, loss=loss: loss(y, f, w))(predictions)
+        return found
+
+    arrays = {name: tuple(case[2:]) for name, case in common.CASES.items()}
+    alone = jax.jit(run)(arrays)
     keras.distribution.set_distribution(distribution)
-    parts = [
-        None if array is None else jax.device_put(array, distribution.get_data_layout(array.shape).backend_layout)
-        for array in (predictions, labels, weights)
-    ]
-    found = jax.jit(jax.value_and_grad(lambda f, y, w: loss(y, f, w)))(*parts)
+    parts = jax.tree.map(
+        lambda array: jax.device_put(array, distribution.get_data_layout(array.shape).backend_layout), arrays
+    )
+    found = jax.jit(run)(parts)
     keras.distribution.set_distribution(None)
-    return common.difference([np.asarray(each) for each in found], [np.asarray(each) for each in alone])
+    return {
+        name: common.difference(*(jax.tree.map(np.asarray, each[name]) for each in (found, alone))) for name in alone
+    }
 
 
 def results(certify=False):
@@ -82,7 +91,7 @@ def compared(distribution, alone, certify=False):
 
 _, alone = results(certify=True)
 common.report(
-    values={name: value_and_gradient(name, data_parallel()) for name in common.CASES},
+    values=values_and_gradients(data_parallel()),
     data_parallel=compared(data_parallel(), alone),
     model_parallel=compared(model_parallel(), alone, certify=True),
 )
