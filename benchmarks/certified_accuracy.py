@@ -46,8 +46,8 @@ MODELS = {
 LOSSES = {
     "hkr": lambda o: hkr.losses.MulticlassHKR(o.alpha, o.margin),
     "binary_hkr": lambda o: hkr.losses.HKR(o.alpha, o.margin),
-    "soft_hkr": lambda o: hkr.losses.SoftHKR(o.alpha, o.margin),
-    "log_sum_exp_hkr": lambda o: hkr.losses.LogSumExpHKR(o.alpha, o.margin),
+    "soft_hkr": lambda o: hkr.losses.SoftHKR(o.alpha, o.margin, o.temperature),
+    "log_sum_exp_hkr": lambda o: hkr.losses.LogSumExpHKR(o.alpha, o.margin, o.temperature),
     "crossentropy": lambda o: hkr.losses.MarginCrossentropy(o.temperature, o.margin),
 }
 NAMES = {
@@ -128,9 +128,9 @@ RECIPES = {
 def network(options, shape, classes: int) -> keras.Sequential:
     """The layers of `--layers` (or of `--model`), and a head.
 
-    Numbers are orthogonal 3 x 3 convolutions, behind `F` dense layers, each with GroupSort(2); `P` is invertible
-    down-sampling, `A` a mean over 2 x 2 pixels in an orthonormal basis, `F` flattens; `D64` is a dense layer over
-    channels, `S64` one behind a shift, `R64` a reflector.
+    Numbers are orthogonal 3 x 3 convolutions (`C64` a circular one), behind `F` dense layers, each with GroupSort(2);
+    `P` is invertible down-sampling, `A` a mean over 2 x 2 pixels in an orthonormal basis, `F` flattens; `D64` is a
+    dense layer over channels, `S64` one behind a shift, `R64` a reflector.
     """
     head, outputs = HEADS[options.head](), 1 if options.loss == "binary_hkr" else classes
     if not options.layers and options.model in ("cnn", "resnet"):
@@ -146,7 +146,7 @@ def network(options, shape, classes: int) -> keras.Sequential:
             model.add(keras.layers.Flatten())
             flat = True
         else:
-            size, dense = int(name.lstrip("DRS")), flat or name[0] in "DS"
+            size, dense = int(name.lstrip("CDRS")), flat or name[0] in "DS"
             if name[0] == "S":
                 model.add(hkr.layers.SpatialShift2D())
             turns = {"kernel_constraint": hkr.constraints.Orthonormal(every=options.every)}
@@ -155,7 +155,8 @@ def network(options, shape, classes: int) -> keras.Sequential:
             elif dense:
                 model.add(hkr.layers.LipschitzDense(size, **turns))
             else:
-                model.add(hkr.layers.OrthogonalConv2D(size, 3, padding="same", **turns))
+                padding = "circular" if name[0] == "C" else "same"
+                model.add(hkr.layers.OrthogonalConv2D(size, 3, padding=padding, **turns))
             model.add(hkr.layers.GroupSort(2))
     model.add(hkr.layers.LipschitzDense(outputs, kernel_constraint=head))
     return model
@@ -374,25 +375,17 @@ def markdown(results: list[dict]) -> str:
         shares = [name for name in first if name == "clean" or name.startswith("certified_")]
         figures = [(100, 1, name) for name in shares] + [(1, 3, "mean_radius"), (1, 0, "epochs")]
         figures += [(1, 0, "cpu_seconds"), (1, 0, "seconds")]
-        cells = [first["recipe"], weights_of(first), str(len(runs))]
+        cells = [first["recipe"], f"`{first['layers']}`", weights_of(first), str(len(runs))]
         for factor, digits, name in figures:
             values = factor * np.array([run[name] for run in runs])
             spread = f" ({np.ptp(values):.{digits}f})" if len(runs) > 1 and digits else ""
             cells.append(f"{values.mean():.{digits}f}{spread}")
         if dataset not in tables:
             headings = [NAMES_OF_RADII.get(name, name.replace("certified_", "at ")) for name in shares]
-            headings = [
-                "recipe",
-                "loss",
-                "seeds",
-                *headings,
-                "mean radius",
-                "epochs",
-                "CPU seconds",
-                "seconds",
-                "machine",
-            ]
-            tables[dataset] = ["| " + " | ".join(headings) + " |", "|---|---|" + "---:|" * (len(headings) - 3) + "---|"]
+            costs = ["mean radius", "epochs", "CPU seconds", "seconds", "machine"]
+            headings = ["recipe", "network", "loss", "seeds", *headings, *costs]
+            lines = "|---|---|---|" + "---:|" * (len(headings) - 4) + "---|"
+            tables[dataset] = ["| " + " | ".join(headings) + " |", lines]
         tables[dataset].append("| " + " | ".join([*cells, first["machine"]]) + " |")
     return "\n\n".join("\n".join(lines) for lines in tables.values())
 

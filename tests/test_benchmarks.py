@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import bound_cost
 import certified_accuracy
 import counterfactuals
+import curves
 import frontier
 import gradient_depth
 import keras
@@ -54,16 +55,23 @@ def test_attacked_accuracy_is_above_the_certified_one(tmp_path):
 
 def test_tables_of_recipes(tmp_path, monkeypatch, capsys):
     shares = {"clean": 0.9, "certified_0.141": 0.8, "certified_0.5": 0.5}
-    common = {"dataset": "smiles", "recipe": "smiles", "loss": "binary_hkr", "alpha": 20.0, "margin": 0.5}
+    common = {
+        "dataset": "smiles",
+        "recipe": "smiles",
+        "layers": "F 8",
+        "loss": "binary_hkr",
+        "alpha": 20.0,
+        "margin": 0.5,
+    }
     costs = {"mean_radius": 0.5, "epochs": 8, "cpu_seconds": 100.4, "seconds": 60.0, "machine": "2 x x86_64 CPU cores"}
     lines = [{**common, **shares, **costs}, {**common, **shares, **costs, "clean": 0.92, "seed": 1}]
     path = tmp_path / "results.jsonl"
     path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     run_main(certified_accuracy, monkeypatch, "--show", path)
     printed = capsys.readouterr().out
-    assert "| recipe | loss | seeds | clean | at 36/255 | at 0.5 |" in printed
+    assert "| recipe | network | loss | seeds | clean | at 36/255 | at 0.5 |" in printed
     assert (
-        "| smiles | `HKR(20, 0.5)` | 2 | 91.0 (2.0) | 80.0 (0.0) | 50.0 (0.0) | 0.500 (0.000) | 8 | 100 | 60 |"
+        "| smiles | `F 8` | `HKR(20, 0.5)` | 2 | 91.0 (2.0) | 80.0 (0.0) | 50.0 (0.0) | 0.500 (0.000) | 8 | 100 | 60 |"
         in printed
     )
 
@@ -230,10 +238,20 @@ def test_the_recipe_of_colour_images_runs(monkeypatch):
     x, y = rng.random((64, 8, 8, 3), dtype="float32"), rng.integers(0, 10, 64)
     data = hkr.datasets.Dataset(name="cifar10", x_train=x, y_train=y, x_test=x[:32], y_test=y[:32], classes=10)
     monkeypatch.setattr(hkr.datasets, "load", lambda name, seed: data)
-    arguments = ["--recipe=cifar10", "--layers=P 8 P F 16", "--epochs=1", "--batch=32", "--verbose=0"]
+    arguments = ["--recipe=cifar10", "--layers=P 8 C8 P F 16", "--epochs=1", "--batch=32", "--verbose=0"]
     result = certified_accuracy.run(certified_accuracy.parsed(arguments))
     assert result["certified_0.141"] <= result["clean"]
     assert result["bound"] < 1.5
+
+
+def test_curves_of_stored_networks_beside_published_points(tmp_path, monkeypatch):
+    data = hkr.datasets.load("digits")
+    np.savez(tmp_path / "data.npz", x_train=data.x_train, y_train=data.y_train, x_test=data.x_test, y_test=data.y_test)
+    hkr.models.lipschitz_mlp((8, 8, 1), 10, widths=(16,)).save(tmp_path / "mnist.keras")
+    image = tmp_path / "curves.png"
+    files = ["--data", tmp_path / "data.npz", "--models", tmp_path / "mnist.keras", "--image", image]
+    run_main(curves, monkeypatch, "mnist", *files)
+    assert image.stat().st_size > 10_000
 
 
 def test_gradients_of_a_deep_orthogonal_net_do_not_vanish():
