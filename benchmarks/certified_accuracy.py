@@ -66,7 +66,7 @@ OPTIMIZERS = {
 
 CIFAR10 = {
     "dataset": "cifar10",
-    "layers": "P 32 32 P 64 64 P F 256",
+    "layers": "P P 64 F 1024 256",
     "head": "orthonormal",
     "loss": "crossentropy",
     "temperature": 8.0,
@@ -103,24 +103,25 @@ FASHION_MNIST = {
 }
 RECIPES = {
     "mnist": MNIST | {"loss": "crossentropy", "temperature": 10.0, "margin": 0.8, "shift": 1, "epochs": 24},
-    "mnist_far": MNIST | {"alpha": 100.0, "epochs": 34},
+    "mnist_far": MNIST | {"layers": "F 512 512 512 512", "alpha": 100.0, "epochs": 48, "batch": 512},
     "fashion_mnist": FASHION_MNIST,
     "fashion_mnist_long": FASHION_MNIST
     | {"layers": "F 1024 256", "margin": 0.65, "rate": 0.03, "epochs": 100, "batch": 1024}
     | {"flip": True, "blend": 1.0, "contrast": 0.3},
-    "cifar10": CIFAR10 | {"epochs": 12},
+    "cifar10": CIFAR10 | {"epochs": 32},
     "cifar10_gpu": CIFAR10 | {"layers": "P 128 128 128 P 256 256 256 P 512 512 F 512", "minutes": 5.5, "shift": 4},
     "smiles": {
         "dataset": "smiles",
         "layers": "F 512 256",
         "loss": "binary_hkr",
-        "alpha": 20.0,
-        "margin": 0.5,
+        "alpha": 50.0,
+        "margin": 0.7,
         "optimizer": "stiefel_muon",
         "rate": 0.03,
         "batch": 256,
-        "epochs": 10,
+        "epochs": 36,
         "flip": True,
+        "shift": 2,
     },
 }
 
