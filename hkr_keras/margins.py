@@ -195,7 +195,10 @@ def class_indices(y_true: Any, classes: int) -> np.ndarray:
     """
     labels = np.asarray(ops.convert_to_numpy(y_true))
     if labels.dtype.kind not in "biuf":
-        raise ValueError(f"Expected labels that are numbers. Received: y.shape={labels.shape}, y.dtype={labels.dtype}")
+        raise ValueError(
+            "Expected labels that are numbers; np.unique(labels, return_inverse=True)[1] numbers words. "
+            f"Received: y.shape={labels.shape}, y.dtype={labels.dtype}"
+        )
     if labels.ndim == 2 and labels.shape[1] == classes > 1:
         is_one_hot = set(np.unique(labels).tolist()) <= {-1, 0, 1} and ((labels > 0).sum(axis=1) == 1).all()
         labels = labels.argmax(axis=1) if is_one_hot else np.full(len(labels), -1)
