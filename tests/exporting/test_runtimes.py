@@ -208,9 +208,9 @@ def test_smaller_constants_than_those_of_the_model_are_noticed(exported):
 def test_nothing_is_exported_that_has_no_certificate(tmp_path):
     binary = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1, "sigmoid")])
     with pytest.raises(ValueError, match="Expected a raw score"):
-        hkr.export(binary, tmp_path / "net.onnx", "onnx")
+        hkr.export(binary, tmp_path / NAMES[FORMATS[0]])
     with pytest.raises(FileNotFoundError):
-        exporting.load(tmp_path / "net.onnx")
+        exporting.load(tmp_path / NAMES[FORMATS[0]])
     assert not list(tmp_path.iterdir())
 
 
