@@ -18,7 +18,6 @@ __all__ = [
     "copied",
     "from_config",
     "give_weights",
-    "is_model",
     "operations_of",
 ]
 

@@ -12,6 +12,7 @@ import keras
 
 from hkr_keras import layers
 from hkr_keras.certification.checks import overridden
+from hkr_keras.certification.graph import is_model
 from hkr_keras.conversion.rebuilding import (
     Layer,
     Rebuilder,
@@ -20,7 +21,6 @@ from hkr_keras.conversion.rebuilding import (
     copied,
     from_config,
     give_weights,
-    is_model,
     operations_of,
 )
 from hkr_keras.geometry import kernel_geometries
