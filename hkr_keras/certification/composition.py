@@ -16,12 +16,13 @@ from hkr_keras import layers
 from hkr_keras.certification.floating_point import UNIT_ROUNDOFF, accumulated, sum_error
 from hkr_keras.certification.operators import Matrix
 from hkr_keras.certification.singular_values import as_float64, matrix_spectrum
-from hkr_keras.layers.orthogonal import two_tap_steps
+from hkr_keras.layers.orthogonal import GRID, two_tap_steps
 
 __all__ = ["Reflector", "composition_error", "product_error", "reflector", "reflector_operator"]
 
 _FLUSHED = 1e-28  # far above what flushed subnormal numbers of any kernel amount to
 _u = UNIT_ROUNDOFF
+_LOW = 0.5 / GRID
 
 
 def _norm(matrices: np.ndarray) -> float:
@@ -38,6 +39,22 @@ def product_error(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     """
     of_sizes, of_sums = sum_error(left.shape[-1])
     return (of_sizes * (np.abs(left) @ np.abs(right)) + of_sums * np.abs(left @ right)) * (1 + 1e-9)
+
+
+def _split_product_error(left: np.ndarray, right: np.ndarray, slack: float = 0.0) -> np.ndarray:
+    """The same for products of split matrices, in which float32 has the sums of the high parts exactly.
+
+    What is left of a number is at most `_LOW`, so that the other sums are of so little. `slack`: what rows and columns
+    may be longer by than those that are given.
+    """
+    terms = left.shape[-1]
+    of_sizes, of_sums = sum_error(terms)
+    low = _LOW * (np.abs(left).sum(axis=-1)[..., None] + np.abs(right).sum(axis=-2)[..., None, :] + terms * _LOW)
+    error = (of_sizes + of_sums + 3 * _u) * low + _u * np.abs(left @ right)
+    longest = [float(np.sqrt((part**2).sum(axis=axis)).max()) for part, axis in ((left, -1), (right, -2))]
+    if math.prod(length + _LOW * math.sqrt(terms) + slack for length in longest) > 3.99:
+        error = error + product_error(np.abs(left) + _LOW, np.abs(right) + _LOW)
+    return error * (1 + 1e-6)
 
 
 @functools.singledispatch
@@ -95,7 +112,7 @@ def _orthogonal(layer: Any) -> float:
     for step, (axis, flipped) in enumerate(steps):
         base = np.zeros((groups, channels, 1)) if bases is None else bases[step]
         projection = base @ np.swapaxes(base, -1, -2)
-        off = _norm(product_error(base, np.swapaxes(base, -1, -2)))
+        off = _norm(_split_product_error(base, np.swapaxes(base, -1, -2)))
         flat = kernel.reshape(groups, channels, -1)
         kept = (projection @ flat).reshape(kernel.shape)
         moved = kernel - kept
@@ -104,11 +121,13 @@ def _orthogonal(layer: Any) -> float:
         before[axis + 2], after[axis + 2] = (1, 0), (0, 1)
         new = np.pad(first, after) + np.pad(second, before)
         # What the entries of the kernel and of P may be off by meets the rounding of this step once more.
-        sizes = math.prod(kernel.shape[2:-1]) * math.sqrt(min(channels, kernel.shape[-1])) * error
+        taps, outputs = math.prod(kernel.shape[2:-1]), kernel.shape[-1]
+        sizes = taps * math.sqrt(min(channels, outputs)) * error
         absolute, wide = _norm(np.abs(projection)), _strided(kernel, strides)
         again = off * (wide + sizes) + absolute * sizes
-        rounded = _strided(product_error(projection, flat).reshape(kernel.shape), strides)
-        rounded += 2.2 * channels * _u * again
+        again += _LOW * (channels * sizes + taps * math.sqrt(channels * outputs) * off)
+        rounded = _strided(_split_product_error(projection, flat, off + sizes).reshape(kernel.shape), strides)
+        rounded += (1.1 * channels + 8) * _u * again
         sums = _u * (_strided(moved, strides) + _strided(new, strides) + 4 * (sizes + again + rounded))
         growth = max(1.0, 2 * _norm(base) ** 2 - 1)
         error = error * (growth + 2 * off) + 2 * off * norm + 2 * rounded + sums

@@ -138,7 +138,10 @@ class ComposedKernel(LipschitzLayer, keras.layers.Layer):
         """Keras stores here what `add_weight` made for it; these weights have attributes of their own."""
 
     def call(self, inputs: Any) -> Any:
-        kernel = self.kernel
+        return self.with_kernel(inputs, self.kernel)
+
+    def with_kernel(self, inputs: Any, kernel: Any) -> Any:
+        """The outputs: the linear part, the bias and the activation."""
         if self.kernel_regularizer is not None:
             self.add_loss(self.kernel_regularizer(kernel))
         outputs = self.operate(inputs, ops.cast(kernel, self.compute_dtype))

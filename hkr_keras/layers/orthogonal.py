@@ -3,7 +3,7 @@
 import inspect
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -25,10 +25,29 @@ __all__ = [
 
 Tensor = Any
 
+GRID = 2.0**11  # numbers are split into a multiple of 1 / GRID and the rest
+
 _SHRINK = 1.0 - 2.0**-18  # float32 leaves up to 2e-6 above 1 in the norm of a kernel composed of wide factors
 
 
-def _block_convolution(kernel: Tensor, projection: Tensor, axis: int, flipped: bool = False) -> Tensor:
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """The product of matrices of norm 1, of which float32 is off by little more than its last bit.
+
+    Both are split: products of their high parts are multiples of `1 / GRID**2` with sums below 4, which float32 has
+    exactly, in whatever order it adds; what it is off by in the rest is as small as the rest.
+
+    Example:
+
+    >>> float(_product(ops.array([[0.6, 0.8]]), ops.array([[0.8], [0.6]]))[0, 0])
+    0.9600000381469727
+    """
+    high, right_high = (ops.stop_gradient(ops.round(GRID * each) * (1 / GRID)) for each in (left, right))
+    return ops.matmul(high, right_high) + (ops.matmul(high, right - right_high) + ops.matmul(left - high, right))
+
+
+def _block_convolution(
+    kernel: Tensor, projection: Tensor, axis: int, flipped: bool = False, product: Callable[..., Tensor] = ops.matmul
+) -> Tensor:
     """A convolution after the two-tap convolution `[P, I - P]`, as one kernel with one more tap.
 
     For an orthogonal projection P the two-tap convolution is orthogonal: it moves what P leaves out by one
@@ -39,6 +58,7 @@ def _block_convolution(kernel: Tensor, projection: Tensor, axis: int, flipped: b
         projection: symmetric matrices `(groups, inputs, inputs)`.
         axis: of the kernel, a window axis.
         flipped: whether the taps are `[I - P, P]`.
+        product: of matrices.
 
     Returns:
         Tensor of the shape of the kernel, with one more entry along `axis`.
@@ -54,7 +74,7 @@ def _block_convolution(kernel: Tensor, projection: Tensor, axis: int, flipped: b
     """
     shape = tuple(kernel.shape)
     columns = math.prod(shape[2:])
-    kept = ops.reshape(ops.matmul(projection, ops.reshape(kernel, (*shape[:2], columns))), shape)
+    kept = ops.reshape(product(projection, ops.reshape(kernel, (*shape[:2], columns))), shape)
     moved = kernel - kept
     if flipped:
         kept, moved = moved, kept
@@ -83,7 +103,12 @@ def _dilated(kernel: Tensor, rates: Sequence[int]) -> Tensor:
 
 
 def _orthogonal_kernel(
-    mixing: Tensor, bases: Tensor | None, window: Sequence[int], inputs: int, groups: int = 1
+    mixing: Tensor,
+    bases: Tensor | None,
+    window: Sequence[int],
+    inputs: int,
+    groups: int = 1,
+    training: bool = False,
 ) -> Tensor:
     """The kernel of an orthogonal convolution, composed of orthonormal factors.
 
@@ -99,6 +124,7 @@ def _orthogonal_kernel(
         window: the kernel size, at least the strides; `pairs = sum(window) - sum(strides)`.
         inputs: input channels of one group, at most `channels`.
         groups: of the convolution.
+        training: whether plain products will do.
 
     Returns:
         Tensor `(*window, inputs, filters)`.
@@ -117,13 +143,14 @@ def _orthogonal_kernel(
     kernel = ops.reshape(mixing, (*strides, channels, groups, outputs))
     kernel = ops.transpose(kernel, (rank + 1, rank, *range(rank), rank + 2))
     steps = two_tap_steps(window, strides)
+    product = ops.matmul if training else _product
     if bases is None:
         projections = [ops.zeros((groups, channels, channels), dtype=mixing.dtype)] * len(steps)
     else:
         bases = ops.reshape(ops.transpose(bases, (1, 0, 2)), (len(steps), groups, channels, -1))
-        projections = ops.unstack(ops.matmul(bases, ops.swapaxes(bases, -1, -2)), len(steps))
+        projections = ops.unstack(product(bases, ops.swapaxes(bases, -1, -2)), len(steps))
     for (axis, flipped), projection in zip(steps, projections, strict=True):
-        kernel = _block_convolution(kernel, projection, axis + 2, flipped)
+        kernel = _block_convolution(kernel, projection, axis + 2, flipped, product)
     kernel = ops.transpose(kernel[:, :inputs], (*range(2, rank + 2), 1, 0, rank + 2))
     return ops.reshape(kernel, (*window, inputs, filters))
 
@@ -185,11 +212,14 @@ class _OrthogonalConvolution(CircularConvolution, ComposedKernel):
         self._inputs = inputs
         return self.mixing
 
-    def compose(self) -> Any:
+    def compose(self, training: bool = False) -> Any:
         bases = None if self.bases is None else at_least_float32(self.bases)
         mixing = at_least_float32(self.mixing)
-        settings = tuple(self.kernel_size), self._inputs, self.groups
+        settings = tuple(self.kernel_size), self._inputs, self.groups, training
         return _SHRINK * in_one_go(_orthogonal_kernel, mixing, bases, *settings)
+
+    def call(self, inputs: Tensor, training: bool = False) -> Tensor:
+        return self.with_kernel(inputs, self.compose(bool(training)))
 
 
 def _with_other_seed(initializer: Any) -> Any:
@@ -209,6 +239,9 @@ def _(layer: Any) -> dict[str, Geometry]:
 
 
 class _OrthogonalConv(CircularConv, _OrthogonalConvolution):
+    def call(self, inputs: Tensor, training: bool = False) -> Tensor:
+        return self.with_kernel(self.continued(inputs), self.compose(bool(training)))
+
     def operate(self, inputs: Tensor, kernel: Any) -> Tensor:
         padding = self.padding
         if padding == "causal":

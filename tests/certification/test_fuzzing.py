@@ -49,7 +49,7 @@ def test_a_wrong_bound_is_found_and_its_model_shrinks(monkeypatch):
 
 @pytest.mark.parametrize("name", ["Dense", "Conv2D", "TimeDistributed", "nested model", "shared layer", "Concatenate"])
 def test_programs_hold_every_kind(name):
-    assert any(name in program.kinds for program in fuzzing.programs(200, seed=3))
+    assert any(name in kind for program in fuzzing.programs(200, seed=3) for kind in program.kinds)
 
 
 def test_programs_hold_sixty_kinds():

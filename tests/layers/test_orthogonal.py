@@ -14,7 +14,7 @@ import hkr_keras as hkr
 from hkr_keras.certification import singular_values
 from hkr_keras.geometry import model_kernels
 from hkr_keras.layers.circular import wrap
-from hkr_keras.layers.orthogonal import _block_convolution, _orthogonal_kernel, two_tap_steps
+from hkr_keras.layers.orthogonal import _block_convolution, _orthogonal_kernel, _product, two_tap_steps
 
 L = hkr.layers
 TOLERANCE = 1e-6  # the promise; float32 leaves less, see _SHRINK
@@ -150,6 +150,25 @@ def test_block_convolution_is_the_composition():
         arguments = (kernel.transpose(1, 0, 2)[None].astype("float32"), projection[None].astype("float32"))
         composed = to_numpy(_block_convolution(*map(keras.ops.convert_to_tensor, arguments), axis=2, flipped=flipped))
         np.testing.assert_allclose(composed[0].transpose(1, 0, 2), expected, atol=1e-6)
+
+
+def test_split_products_have_the_gradient_of_a_product():
+    a, b = normal((6, 9), scale=0.3), normal((9, 4), seed=1, scale=0.3)
+    left, right = keras.ops.convert_to_tensor(a), keras.ops.convert_to_tensor(b)
+    np.testing.assert_allclose(to_numpy(_product(left, right)), a.astype("float64") @ b, rtol=0, atol=1.5e-7)
+    ones = np.ones((6, 4), "float32")
+    found = gradient(lambda x: _product(x, right), left), gradient(lambda x: _product(left, x), right)
+    np.testing.assert_allclose(found[0], ones @ b.T, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(found[1], a.T @ ones, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["OrthogonalConv2D", "OrthogonalConv2DTranspose"])
+def test_plain_products_will_do_in_training(name):
+    layer = getattr(hkr.layers, name)(24, 3, padding="circular")
+    x = normal((2, 6, 6, 24))
+    trained, deployed = to_numpy(layer(x, training=True)), to_numpy(layer(x))
+    np.testing.assert_allclose(trained, deployed, rtol=0, atol=1e-5)
+    assert np.any(trained != deployed)
 
 
 def test_small_factors_only_shrink():
