@@ -111,7 +111,7 @@ def pytest_collection_modifyitems(config, items):
     backend = keras.backend.backend()
     if backend == "torch" or config.getoption("--everywhere"):
         return
-    of_many, of_others = {"tensorflow": (3, 3), "jax": (8, 5)}[backend]  # JAX compiles every size of every case
+    of_many, of_others = {"tensorflow": (3, 3), "jax": (12, 6)}[backend]  # JAX compiles every size of every case
     rows, left_out = collections.Counter(), []
     for item in items:
         table = item.nodeid.split("[")[0]

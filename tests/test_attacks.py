@@ -57,6 +57,7 @@ def test_attacks_reach_the_radius_of_a_linear_model(outputs, attack):
     assert found.attacked[-1] == 0.0
 
 
+@pytest.mark.once
 def test_accuracies_count_right_predictions_alone():
     model, x = linear(), normal((8, 4), scale=0.3)
     certificate = hkr.certify(model, x, verbose=0)
@@ -149,6 +150,7 @@ def test_a_trained_network_lies_between_its_curves():
     assert found.adversarial.shape == x.shape
 
 
+@pytest.mark.once
 def test_the_progress_bar(capsys):
     model, x = linear(), normal((4, 4), scale=0.3)
     y = hkr.certify(model, x, verbose=0).prediction
@@ -156,6 +158,7 @@ def test_the_progress_bar(capsys):
     assert "2/2" in capsys.readouterr().err
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -176,6 +179,7 @@ def test_errors(options, message):
         evaluate_robustness(model, x, **{**arguments, **options})
 
 
+@pytest.mark.once
 def test_a_stream_is_attacked_batch_by_batch():
     model, x = linear(), normal((7, 4), scale=0.3)
     y = np.arange(7) % 2
@@ -199,6 +203,7 @@ def test_a_stream_is_attacked_batch_by_batch():
         evaluate_robustness(model, x, [0] * 9, **options)
 
 
+@pytest.mark.once
 def test_certificates_of_other_lengths_are_refused():
     model, x = linear(), normal((4, 4), scale=0.3)
     certificate = hkr.certify(model, x[:3], verbose=0)

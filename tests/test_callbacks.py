@@ -93,6 +93,7 @@ class Probe(keras.callbacks.Callback):
         self.epochs.append(deviation(self.model))
 
 
+@pytest.mark.once
 @pytest.mark.many
 @pytest.mark.parametrize(
     ("every", "projected_batches", "exact_epochs"),
@@ -170,6 +171,7 @@ def test_several_steps_per_execution_are_refused_for_plain_layers(every):
         callback.on_train_begin()
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("build", "every"), [(our_model, "batch"), (our_model, 3), (plain_model, "epoch"), (plain_model, "train_end")]
 )
@@ -179,6 +181,7 @@ def test_several_steps_per_execution_are_fine_otherwise(build, every):
     assert deviation(model) < EXACT
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("every", [0, -1, 1.5, True, None, "step", "epochs"])
 def test_wrong_every(every):
     with pytest.raises(ValueError, match=f"Received: every={every}"):
@@ -226,6 +229,7 @@ def is_critic(layer):
     return layer.name.startswith("critic")
 
 
+@pytest.mark.once
 def test_config():
     layer = keras.layers.Dense(2, name="critic_1")
     for every, layers in (("batch", None), (3, ["a", layer]), ("epoch", "critic_1"), ("train_end", is_critic)):
@@ -349,6 +353,7 @@ def test_metrics_with_another_threshold_are_warned_of_once(name):
     callback.on_train_end()
 
 
+@pytest.mark.once
 def test_metrics_of_scores_and_losses_of_probabilities_are_fine():
     kinds = keras.metrics
     cases = [
@@ -386,6 +391,7 @@ class Validated(keras.callbacks.Callback):
         self.found.append(deviation(self.model))
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("every", ["batch", 100, "epoch", "train_end"])
 def test_what_is_validated_is_on_the_set(every):
     model, probe = compiled(plain_model(), metrics=[hkr.metrics.CertifiedRadius()]), Validated()
@@ -397,6 +403,7 @@ def test_what_is_validated_is_on_the_set(every):
     assert certified == pytest.approx(hkr.certify(model, X, verbose=0).mean_radius(Y), rel=1e-4)
 
 
+@pytest.mark.once
 @pytest.mark.many
 @pytest.mark.parametrize("every", [100, "epoch", "train_end"])
 @pytest.mark.parametrize("first", [False, True], ids=["listed last", "listed first"])
@@ -461,6 +468,7 @@ class Bounds(keras.callbacks.Callback):
         self.found.append(hkr.lipschitz_bound(self.model.layers[1]))
 
 
+@pytest.mark.once
 @pytest.mark.many
 @pytest.mark.parametrize(
     "layer",
@@ -528,6 +536,7 @@ def test_frozen_deferred_kernels_are_left_alone():
     assert np.array_equal(host(kernel), before)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("how", ["file", "clone", "to_lipschitz", "constrain"])
 def test_deferred_constraints_stay(how, tmp_path):
     model = deferred_model()
@@ -635,6 +644,7 @@ def test_averages_of_kernels_that_take_turns(frequency, tmp_path):
     assert deviation(model) < EXACT
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("every", [0, 2.0, True, None])
 def test_wrong_turns(every):
     with pytest.raises(ValueError, match=f"Received: every={every}"):
@@ -660,6 +670,7 @@ def test_averaged_weights_are_repaired_at_the_end(build, frequency):
     assert deviation(model) < EXACT
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("build", [our_model, plain_model])
 def test_swapped_averages_are_repaired_before_evaluation(build):
     class AtTest(keras.callbacks.Callback):
@@ -675,6 +686,7 @@ def test_swapped_averages_are_repaired_before_evaluation(build):
     assert deviation(model) < EXACT
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("build", [our_model, plain_model])
 def test_loaded_weights_are_repaired_at_the_start(build, tmp_path):
     model = build()
@@ -800,6 +812,7 @@ def test_certified_evaluation_refuses_before_the_first_step(arguments, message):
     assert all(np.array_equal(old, host(new)) for old, new in zip(before, model.weights, strict=True))
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "make", [LipschitzMonitor, lambda: CertifiedEvaluation(X, Y, [0.1])], ids=["monitor", "evaluation"]
 )
@@ -821,6 +834,7 @@ class Batches(keras.utils.PyDataset):
         return X[part], Y[part]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("data", [lambda: (X, Y), lambda: (Batches(), None)], ids=["arrays", "batches"])
 @pytest.mark.parametrize(
     ("last", "rigorous", "message"),

@@ -128,12 +128,14 @@ def test_two_moons():
     assert np.median(certificate.radius[reached] / distance[reached]) > 0.85
 
 
+@pytest.mark.once
 def test_constant_models_have_no_direction():
     model, x = linear(np.zeros((4, 3)), [0.0, 1.0, 0.0]), normal((3, 4))
     np.testing.assert_array_equal(counterfactual(model, x), x)
     assert np.isnan(nearest_adversarial(model, x)).all()
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("call", "message"),
     [

@@ -76,6 +76,7 @@ def test_the_shift_net_takes_channels_first_and_images_of_any_size(monkeypatch):
     assert hkr.lipschitz_bound(model) <= np.sqrt(2) * (1 + 1e-5)
 
 
+@pytest.mark.once
 def test_size_of_the_residual_net():
     assert 0.9e6 < models.lipschitz_resnet((28, 28, 1), 10).count_params() < 1.4e6
 

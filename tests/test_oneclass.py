@@ -40,6 +40,7 @@ def test_the_score_is_a_lower_bound_of_the_distance_to_the_class():
     assert areas[1] > 0.95
 
 
+@pytest.mark.once
 def test_outliers_are_fresh_and_repeatable(monkeypatch):
     seen, model, x = [], compiled(), disc(20)
     original = model.fit

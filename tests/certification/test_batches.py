@@ -56,6 +56,7 @@ LABELLED = {
 }
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", LABELLED)
 def test_labels_stay_with_the_certificate(model, name):
     if BACKEND == "jax" and name == "tf.data":
@@ -76,6 +77,7 @@ def test_labels_stay_with_the_certificate(model, name):
     assert hkr.certify_top_k(model, LABELLED[name](), 2, verbose=0).accuracy(epsilon=0.1) <= 1
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("x", [X.tolist(), [X], list(X), (row for row in (X[:10], X[10:])), X.astype("float64")])
 def test_without_labels(model, x):
     found = hkr.certify(model, x, verbose=0)
@@ -110,6 +112,7 @@ def test_one_batch_is_held_at_a_time(model):
         assert sum(each() is not None for each in alive) <= 2
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("x", "message"),
     [
@@ -127,6 +130,7 @@ def test_data_that_are_refused(model, x, message):
         hkr.certify(model, x, verbose=0)
 
 
+@pytest.mark.once
 def test_endless_data_are_refused(model):
     class Endless(Sequence):
         @property
@@ -239,6 +243,7 @@ def test_a_predictor_is_made_anew_when_something_changed():
     assert changed(model.pop)
 
 
+@pytest.mark.once
 def test_nothing_is_known_of_code_of_ones_own():
     class Mine(keras.layers.Layer):
         def call(self, inputs):
@@ -262,6 +267,7 @@ def test_the_slack_of_an_input_is_its_own(model):
     assert "radius of input 3" in " ".join(forged.verify(model, x, verbose=0).differences)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "change",
     [
@@ -291,6 +297,7 @@ def test_what_no_certificate_holds_is_refused(change):
 # ---- results to look at ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.once
 def test_results_are_shown_and_tabled(model, tmp_path):
     pytest.importorskip("pandas")
     certificate = hkr.certify(model, X, verbose=0)
@@ -324,6 +331,7 @@ def test_results_are_shown_and_tabled(model, tmp_path):
         assert len(repr(result)) < 120
 
 
+@pytest.mark.once
 def test_inputs_are_as_nested_as_those_of_the_model():
     keras.utils.set_random_seed(0)
     first, second, third = (keras.Input((1,), name=name) for name in ("a1", "a2", "b"))

@@ -401,6 +401,7 @@ def example():
     )
 
 
+@pytest.mark.once
 def test_summary():
     model, lines = example(), []
     before = model.get_weights()
@@ -427,6 +428,7 @@ def test_summary():
     assert all(word in summary.table(details=True) for word in ("sigma_max", f"{summary.bound:.6g}"))
 
 
+@pytest.mark.once
 def test_summary_can_be_silent(capsys):
     hkr.lipschitz_summary(example(), print_fn=None)
     assert capsys.readouterr().out == ""
@@ -434,12 +436,14 @@ def test_summary_can_be_silent(capsys):
     assert "convolution" in capsys.readouterr().out
 
 
+@pytest.mark.once
 def test_summary_of_merging_layers():
     summary = hkr.lipschitz_summary(graph(lambda x: K.Add(name="sum")([x, x])), print_fn=None)
     assert [(row.layer, row.bound) for row in summary.rows] == [("sum", pytest.approx(math.sqrt(2)))]
     assert summary.rows[0].product == pytest.approx(2.0)
 
 
+@pytest.mark.once
 def test_summary_shows_both_sides():
     model, x = example(), normal((20, 6, 6, 1))
     summary = hkr.lipschitz_summary(model, print_fn=None, x=x)
@@ -470,6 +474,7 @@ def test_the_lower_estimate_of_several_inputs_and_large_ones():
     assert hkr.lipschitz_summary(wide, print_fn=None).lower == pytest.approx(2.0, rel=1e-3)
 
 
+@pytest.mark.once
 def test_summary_of_a_model_of_unknown_shape_wants_data():
     class Twice(keras.Model):
         def call(self, x):

@@ -198,6 +198,7 @@ def test_scale_inside_the_model_changes_nothing_when_it_cancels():
     assert certify(scaled, x, verbose=0).radius == pytest.approx(certify(plain, x, verbose=0).radius, rel=1e-5)
 
 
+@pytest.mark.once
 def test_input_units():
     model, x = dense_model(5), random_inputs()
     inputs = keras.Input((FEATURES,))
@@ -257,6 +258,7 @@ def of_numbers(radius=RADIUS, prediction=PREDICTION, **fields):
     return Certificate(radius=np.array(radius), prediction=np.array(prediction), **fields)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("labels", [LABELS, LABELS[:, None], np.eye(3)[LABELS], LABELS.tolist()])
 def test_numbers(labels):
     certificate = of_numbers()
@@ -268,6 +270,7 @@ def test_numbers(labels):
     assert certificate.mean_radius(labels) == pytest.approx((0.5 + 0.25 + 0.0 + 1.0) / 5)
 
 
+@pytest.mark.once
 def test_numbers_of_a_score():
     certificate = of_numbers([0.5, 0.25, 2.0], [1, 0, 1], classes=1, method="score")
     for labels in ([1, 0, 0], [1, -1, -1], [[True], [False], [False]]):
@@ -276,12 +279,14 @@ def test_numbers_of_a_score():
         assert certificate.mean_radius(labels) == pytest.approx(0.25)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("labels", [[0, 1], [0, 1, 2, 1, 3], [[0, 1]] * 5, np.zeros((5, 1, 1)), [0.5] * 5, 1])
 def test_wrong_labels(labels):
     with pytest.raises(ValueError, match=r"Expected .*labels.* Received: "):
         of_numbers().accuracy(labels)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("epsilon", [-0.1, math.nan, math.inf])
 def test_wrong_epsilon(epsilon):
     certificate = of_numbers()
@@ -291,6 +296,7 @@ def test_wrong_epsilon(epsilon):
         certificate.curve(LABELS, [0.1, epsilon])
 
 
+@pytest.mark.once
 def test_json_round_trip():
     certificate = certify(dense_model(5), random_inputs(), verbose=0)
     copy = Certificate.from_json(certificate.to_json())
@@ -303,6 +309,7 @@ def test_json_round_trip():
     assert stored["versions"]["backend"] == keras.backend.backend()
 
 
+@pytest.mark.once
 def test_stored_certificates_say_what_they_are_about():
     model = dense_model(5)
     stored = json.loads(certify(model, random_inputs(), verbose=0).to_json())
@@ -314,6 +321,7 @@ def test_stored_certificates_say_what_they_are_about():
     assert all(sentence in stored["statement"] for sentence in stored["assumptions"])
 
 
+@pytest.mark.once
 def test_a_stored_certificate_keeps_its_origin():
     certificate = certify(dense_model(5), random_inputs(), verbose=0, rigorous=True)
     text = certificate.to_json().replace(f'"keras": "{keras.__version__}"', '"keras": "3.99"')
@@ -424,12 +432,14 @@ def test_top_k(name):
     assert top[1].accuracy(y, 0.1) >= top[0].accuracy(y, 0.1) == best.accuracy(y, 0.1)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("k", [0, 5, 6])
 def test_wrong_k(k):
     with pytest.raises(ValueError, match=f"k={k}"):
         hkr.certify_top_k(dense_model(5), random_inputs(), k, verbose=0)
 
 
+@pytest.mark.once
 def test_top_k_of_a_score_or_with_wrong_labels():
     with pytest.raises(ValueError, match="Expected logits"):
         hkr.certify_top_k(dense_model(1), random_inputs(), 1, verbose=0)
@@ -469,6 +479,7 @@ def test_intervals_of_a_linear_model_are_exact():
     np.testing.assert_allclose(found.upper - found.lower, expected, rtol=1e-6)
 
 
+@pytest.mark.once
 def test_certified_auroc():
     model, x = dense_model(1), random_inputs(200)
     y = (logits_of(model, x)[:, 0] + np.random.default_rng(0).normal(size=200) > 0).astype(int)
@@ -483,6 +494,7 @@ def test_certified_auroc():
         assert sklearn.metrics.roc_auc_score(y, logits_of(model, moved)[:, 0]) >= areas[1]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("y", "message"),
     [
@@ -498,6 +510,7 @@ def test_wrong_labels_of_an_area(y, message):
         found.auroc(y)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("shape", [(20, 2), (2, 20), (1, 40), (80,), (20,), (40, 1, 1), ()])
 def test_targets_of_another_shape_are_refused(shape):
     found = hkr.certify_outputs(dense_model(1), random_inputs(), 0.1, verbose=0)
@@ -509,6 +522,7 @@ def test_targets_of_another_shape_are_refused(shape):
             found._columns(np.zeros(shape))
 
 
+@pytest.mark.once
 def test_targets_of_several_outputs_have_their_shape():
     found = hkr.certify_outputs(dense_model(3), random_inputs(), 0.1, verbose=0)
     for shape in [(3, 40), (120,), (40,), (40, 1)]:
@@ -516,11 +530,13 @@ def test_targets_of_several_outputs_have_their_shape():
             found.contain(np.zeros(shape))
 
 
+@pytest.mark.once
 def test_the_area_of_several_outputs_is_refused():
     with pytest.raises(ValueError, match="one score per input"):
         hkr.certify_outputs(dense_model(3), random_inputs(), 0.1, verbose=0).auroc([0, 1] * 20)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "change", [{"dimension": 0}, {"dimension": "a"}, {"dimension": -3}, {"prediction": [0.7]}, {"radius": [[0.5]]}]
 )
@@ -531,6 +547,7 @@ def test_json_with_other_types(change):
         Certificate.from_json(json.dumps({**json.loads(certificate.to_json()), **change}))
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("text", [None, 5, "[" * 100_000, "", "[]", "{}", '{"radius": [1.0]}', "null"])
 def test_wrong_json(text):
     with pytest.raises(ValueError, match="Expected the JSON text of a certificate"):
@@ -656,6 +673,7 @@ def test_a_float64_input_is_rounded_all_the_same():
         assert certify(model, np.array([[1e8 + 5.0]]), verbose=0).radius[0] <= 5.0
 
 
+@pytest.mark.once
 def test_labels_that_differ_from_those_of_the_data_are_refused():
     kinds = {"radius": np.ones(3), "bound": 1.0}
     certificate = hkr.Certificate(prediction=np.arange(3), classes=3, method="pairwise", labels=np.arange(3), **kinds)

@@ -18,6 +18,7 @@ def test_random_models_keep_what_is_claimed():
     assert totals.pairs > 0
 
 
+@pytest.mark.once
 def test_a_wrong_bound_is_found_and_its_model_shrinks(monkeypatch):
     """Half of the bound of every model with a Dense layer: the fuzzer has to notice, and to blame nothing else."""
     right = hkr.lipschitz_bound
@@ -47,15 +48,18 @@ def test_a_wrong_bound_is_found_and_its_model_shrinks(monkeypatch):
     assert isinstance(scope["model"], keras.Model)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", ["Dense", "Conv2D", "TimeDistributed", "nested model", "shared layer", "Concatenate"])
 def test_programs_hold_every_kind(name):
     assert any(name in kind for program in fuzzing.programs(200, seed=3) for kind in program.kinds)
 
 
+@pytest.mark.once
 def test_programs_hold_sixty_kinds():
     assert len({kind for program in fuzzing.programs(100, seed=3) for kind in program.kinds}) >= 60
 
 
+@pytest.mark.once
 def test_programs_are_made_from_their_seed_alone():
     first, second = next(fuzzing.programs(1, seed=5)), next(fuzzing.programs(1, seed=5))
     assert dataclasses.asdict(first) == dataclasses.asdict(second)

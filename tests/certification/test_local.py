@@ -58,6 +58,7 @@ def test_constants_are_above_the_jacobians_in_the_ball(slopes, epsilon, scale):
     assert np.all(found <= product * (1 + 1e-9))
 
 
+@pytest.mark.once
 def test_constants_grow_with_the_ball_and_each_ball_counts_by_itself():
     kernels, biases = network()
     x = np.random.default_rng(2).standard_normal((6, 5))
@@ -100,6 +101,7 @@ def test_radii_hold_and_are_larger_than_those_of_the_whole_space():
     assert np.mean(np.any(moved.argmax(axis=1).reshape(60, -1) != classes[:, None], axis=1)) > 0.3
 
 
+@pytest.mark.once
 def test_models_are_read_as_they_are_written():
     """Activations as functions and layers, a bias that is missing, two Dense layers in a row, a last activation."""
     rng = np.random.default_rng(0)
@@ -121,6 +123,7 @@ def test_models_are_read_as_they_are_written():
         assert np.all(np.linalg.norm(change, axis=1) <= found * distances * (1 + 1e-4))
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "make",
     [
@@ -138,6 +141,7 @@ def test_other_layers_are_named(make):
         hkr.local_bound(model, np.zeros((1, 4)), 0.1)
 
 
+@pytest.mark.once
 def test_wrong_arguments_are_refused():
     kernels, biases = network()
     model = relu_model(kernels, biases)

@@ -68,6 +68,7 @@ def test_folded_chains_have_the_norm_of_their_product(name):
     assert exact * (1 - 1e-5) <= bound <= exact * looser * (1 + 1e-4)
 
 
+@pytest.mark.once
 def test_an_activation_ends_a_chain():
     scale = K.Normalization(mean=[0.0] * 4, variance=[1e-4, 1.0, 1.0, 1.0])
     model = keras.Sequential([keras.Input((4,)), scale, K.ReLU(), K.Dense(3)])
@@ -75,6 +76,7 @@ def test_an_activation_ends_a_chain():
     assert hkr.lipschitz_bound(model) == pytest.approx(100 * kernel, rel=1e-5)
 
 
+@pytest.mark.once
 def test_activations_of_slope_1_end_a_chain_too():
     """tanh and sorting are no linear operators, though their constant is 1."""
     for activation in (K.Activation("tanh"), L.GroupSort(2)):
@@ -87,6 +89,7 @@ def test_activations_of_slope_1_end_a_chain_too():
         assert hkr.certify(head, np.ones((1, 2)), verbose=0).method == "pairwise"
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("axis", [0, -1])
 def test_diagonals_that_vary_along_another_axis_do_not_fold(axis):
     numbers = np.ones((2, 1)) if axis == 0 else np.ones((1, 3))

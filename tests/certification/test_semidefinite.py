@@ -46,6 +46,7 @@ def test_bounds_lie_between_every_pattern_and_the_product(widths, seed):
     assert bound <= 1.25 * largest_pattern(kernels)
 
 
+@pytest.mark.once
 def test_multipliers_from_elsewhere_are_never_trusted(monkeypatch):
     """Whatever the search returns, what is proven with it is above the truth: infinite where nothing is."""
     kernels = kernels_of((3, 4, 3, 2), 1)
@@ -62,6 +63,7 @@ def test_multipliers_from_elsewhere_are_never_trusted(monkeypatch):
     assert semidefinite_bound(kernels) == pytest.approx(product_of_norms(kernels), rel=1e-9)
 
 
+@pytest.mark.once
 def test_a_matrix_that_is_not_definite_is_paid_for(monkeypatch):
     """With rho too small by a half, the negative eigenvalue must bring the bound back above the truth."""
     kernels = [np.array([[3.0]]), np.array([[1.0]])]
@@ -70,6 +72,7 @@ def test_a_matrix_that_is_not_definite_is_paid_for(monkeypatch):
     assert 3 <= semidefinite._proven(kernels, [np.array([1.0])]) < 6
 
 
+@pytest.mark.once
 def test_a_subclass_with_a_bound_of_its_own_ends_a_chain():
     class Backwards(K.ReLU):
         def call(self, inputs):
@@ -83,6 +86,7 @@ def test_a_subclass_with_a_bound_of_its_own_ends_a_chain():
     assert hkr.lipschitz_bound(model, method="semidefinite") == pytest.approx(2.0)  # 2 |x|
 
 
+@pytest.mark.once
 def test_gradients_are_those_of_differences():
     kernels = [np.random.default_rng(0).standard_normal(shape) for shape in ((5, 7), (7, 6), (6, 3))]
     logs = np.full(13, np.log(300.0))
@@ -148,6 +152,7 @@ def test_a_plain_network_is_bounded_below_the_product():
     assert jacobians(model, points) <= bound <= 0.6 * product
 
 
+@pytest.mark.once
 def test_chains_go_through_layers_that_are_linear_and_end_at_others():
     """Scale, normalisation and dropout join a chain; pooling, sorting and merging end it; branches add up."""
     inputs = keras.Input((6,))
@@ -167,6 +172,7 @@ def test_chains_go_through_layers_that_are_linear_and_end_at_others():
     assert np.max(np.linalg.norm(change, axis=1) / np.linalg.norm(x - z, axis=1)) <= bound < 0.9 * product
 
 
+@pytest.mark.once
 def test_models_without_chains_have_the_product():
     model = hkr.models.lipschitz_cnn((8, 8, 1), 3)
     assert hkr.lipschitz_bound(model, method="semidefinite") <= hkr.lipschitz_bound(model)

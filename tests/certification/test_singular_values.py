@@ -192,6 +192,7 @@ def test_every_way_to_the_symbol_gives_the_same_bound(window, channels, blocks, 
     assert reached <= bound <= 1.02 * reached
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("dense", [True, False])
 def test_the_grid_is_where_it_is_said_to_be(dense, monkeypatch):
     """The Gram matrices of a kernel of one tap pair tell their frequencies: a grid as fine as asked for, each once."""
@@ -318,6 +319,7 @@ def test_an_orthogonal_convolution_has_the_bound_one():
     assert 1 <= singular_values.convolution_bound(kernel, (1, 1)) < 1 + 1e-12
 
 
+@pytest.mark.once
 def test_one_grid_point_less_is_noticed():
     """The value on the grid alone is below the truth: the correction is needed."""
     block = np.array([1.0, 0.7, -0.2]).reshape(3, 1, 1)
@@ -326,6 +328,7 @@ def test_one_grid_point_less_is_noticed():
     assert on_a_coarse_grid < truth <= singular_values.convolution_bound(block[:, None], (1,))
 
 
+@pytest.mark.once
 def test_absolute_bounds_are_above_the_norm_of_the_absolute_values():
     for seed in range(CONFIGURATIONS // 2 if BACKEND == "jax" else 60):
         layer, shape = configuration(seed)
@@ -336,6 +339,7 @@ def test_absolute_bounds_are_above_the_norm_of_the_absolute_values():
         assert largest_singular_value(explicit_operator(layer, shape)) <= product
 
 
+@pytest.mark.once
 def test_equal_kernels_are_computed_once(monkeypatch):
     calls = []
     original = singular_values._operator_spectrum

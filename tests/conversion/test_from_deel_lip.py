@@ -174,6 +174,7 @@ def with_biases(model):
 IMAGE = (4, 4, 8)
 
 
+@pytest.mark.once
 @pytest.mark.many
 @pytest.mark.parametrize(
     ("layer", "expected", "shape"),
@@ -203,6 +204,7 @@ def test_layers_without_kernels_compute_the_same(layer, expected, shape):
     assert hkr.lipschitz_bound(converted) == pytest.approx(k, rel=1e-6)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("layer", "expected", "constraint"),
     [
@@ -286,6 +288,7 @@ def test_their_models_and_nested_ones():
     np.testing.assert_allclose(to_numpy(twice(x)), to_numpy(converted(x)), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.once
 def test_layers_that_compute_something_else_are_refused_by_name():
     with pytest.raises(ValueError, match=r"InvertibleUpSampling 'up' .*Received: other outputs"):
         hkr.conversion.from_deel_lip(model_of(InvertibleUpSampling((2, 2), name="up"), shape=(2, 4, 8)))

@@ -66,6 +66,7 @@ def network():
     return keras.Model([left, right], {"scores": L.LipschitzDense(3)(x)}, name="network")
 
 
+@pytest.mark.once
 def test_a_graph_with_shared_and_nested_layers(tmp_path):
     model = network()
     randomize(model)
@@ -158,6 +159,7 @@ def test_refuses_what_would_still_need_this_package():
 ACTIVATIONS = [lambda: L.GroupSort(2), lambda: L.GroupSort(4), L.MaxMin, L.FullSort, L.Householder, K.PReLU]
 
 
+@pytest.mark.once
 @pytest.mark.many
 @pytest.mark.parametrize("make", ACTIVATIONS)
 @pytest.mark.parametrize("kernels_only", [False, True])
@@ -185,6 +187,7 @@ def test_a_recurrent_layer_with_a_layer_as_activation_is_refused_by_name():
         hkr.to_keras(model)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("nested", [False, True])
 def test_what_runs_is_converted_whatever_the_list_of_layers_says(nested):
     """After a private `pop` the model still runs all of its layers, and so must what is shipped."""
@@ -199,6 +202,7 @@ def test_what_runs_is_converted_whatever_the_list_of_layers_says(nested):
     assert hkr.lipschitz_bound(hkr.to_lipschitz(model, print_fn=None)) == pytest.approx(10, rel=1e-4)
 
 
+@pytest.mark.once
 def test_layers_that_do_not_run_are_not_converted():
     model = keras.Sequential([keras.Input((4,)), L.LipschitzDense(4)])
     model._layers.append(L.Scale(10.0))
@@ -210,6 +214,7 @@ def test_layers_that_do_not_run_are_not_converted():
     np.testing.assert_allclose(to_numpy(hkr.to_keras(functional)(x)), to_numpy(functional(x)), atol=1e-6)
 
 
+@pytest.mark.once
 def test_a_model_changed_and_not_built_again_is_refused():
     model = keras.Sequential([keras.Input((4,)), L.LipschitzDense(4), L.Scale(10.0)])
     model.pop(rebuild=False)
@@ -220,6 +225,7 @@ def test_a_model_changed_and_not_built_again_is_refused():
         hkr.to_keras(model)
 
 
+@pytest.mark.once
 def test_layers_shared_by_inputs_of_several_ranks():
     vector, sequence = keras.Input((4,)), keras.Input((3, 4))
     dense = L.LipschitzDense(4)
@@ -258,6 +264,7 @@ def test_masks_reach_what_reads_them_or_are_refused():
         hkr.to_keras(model(L.ScaledGlobalAveragePooling1D(name="pool")))
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("make", [lambda: K.Dense(2), lambda: L.LipschitzDense(2), K.BatchNormalization])
 def test_settings_that_were_edited_are_refused(make):
     layer = make()

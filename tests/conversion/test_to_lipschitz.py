@@ -81,6 +81,7 @@ def lstm():
 ARCHITECTURES = [lenet] if BACKEND == "jax" else [lenet, vgg, resnet, mobilenet]  # JAX compiles every operation
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("make", ARCHITECTURES)
 def test_known_architectures_there_and_back(make):
     model = make()
@@ -107,6 +108,7 @@ def test_known_architectures_there_and_back(make):
     np.testing.assert_allclose(to_numpy(plain(x)), to_numpy(converted(x)), atol=1e-6)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("make", "reasons"),
     [
@@ -129,6 +131,7 @@ def scaled_orthonormal(layer, factor):
         kernel.assign(factor * constraint.polish(constraint.start(kernel)))
 
 
+@pytest.mark.once
 def test_kernels_that_are_multiples_of_orthonormal_ones_keep_the_function_up_to_a_factor():
     """Biases, means of batches, sums and means of windows are scaled along: the classes stay the same."""
     inputs = keras.Input((8, 8, 2))
@@ -181,6 +184,7 @@ def test_shared_layers_stay_shared_and_nested_models_nested():
     assert hkr.lipschitz_bound(converted) < 1
 
 
+@pytest.mark.once
 def test_what_to_put_in_their_place_by_name_and_by_class():
     model = lenet()
     replace = {
@@ -212,6 +216,7 @@ def test_rectifiers_of_an_odd_number_of_channels_and_on_request_stay():
     ]
 
 
+@pytest.mark.once
 def test_the_report_names_every_layer_the_bound_and_what_to_do():
     texts = []
     binary = keras.Sequential([keras.Input((4,)), K.Dense(8, "relu", name="hidden"), K.Dense(1, "sigmoid")])
@@ -233,6 +238,7 @@ class OwnDense(K.Dense):
     pass
 
 
+@pytest.mark.once
 def test_a_softmax_that_weights_read_as_well_stays():
     inputs = keras.Input((4,))
     shares = K.Softmax(name="shares")(K.Dense(4)(inputs))
@@ -243,6 +249,7 @@ def test_a_softmax_that_weights_read_as_well_stays():
     assert type(only.layers[-1]) is K.Identity
 
 
+@pytest.mark.once
 def test_layers_of_users():
     model = keras.Sequential([keras.Input((4,)), K.Dense(4), Doubling(name="mine"), OwnDense(2, name="own")])
     with pytest.raises(ValueError, match=r"mine .Doubling.(.|\n)*own .OwnDense.: it has a kernel that nothing"):
@@ -256,6 +263,7 @@ def test_layers_of_users():
     np.testing.assert_allclose(to_numpy(hkr.to_keras(converted)(x)), to_numpy(converted(x)), atol=1e-6)
 
 
+@pytest.mark.once
 def test_refuses_models_that_cannot_be_read():
     with pytest.raises(ValueError, match="Expected a Keras model"):
         hkr.to_lipschitz(K.Dense(3))

@@ -171,6 +171,7 @@ def test_ties_are_not_certified_and_wrong_outputs_refused():
             certificate.of_outputs(outputs)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "change",
     [
@@ -242,6 +243,7 @@ def test_weights_in_a_file_of_their_own_count(tmp_path):
         exporting.certificate.file_hash(tmp_path / "net.onnx")
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("path", "format", "message"),
     [
