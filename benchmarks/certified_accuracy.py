@@ -108,7 +108,7 @@ RECIPES = {
     "fashion_mnist_long": FASHION_MNIST
     | {"layers": "F 1024 256", "margin": 0.65, "rate": 0.03, "epochs": 100, "batch": 1024}
     | {"flip": True, "blend": 1.0, "contrast": 0.3},
-    "cifar10": CIFAR10 | {"epochs": 32},
+    "cifar10": CIFAR10 | {"epochs": 96},
     "cifar10_gpu": CIFAR10 | {"layers": "P 128 128 128 P 256 256 256 P 512 512 F 512", "minutes": 5.5, "shift": 4},
     "smiles": {
         "dataset": "smiles",
@@ -369,7 +369,8 @@ def markdown(results: list[dict]) -> str:
     groups: dict[tuple, list[dict]] = {}
     for result in results:
         alike = ("dataset", "recipe", "layers", "model", "loss", "alpha", "temperature", "margin", "threads", "machine")
-        groups.setdefault(tuple(result.get(name) for name in alike), []).append(result)
+        length = result.get("minutes") or result["epochs"]
+        groups.setdefault((*(result.get(name) for name in alike), length), []).append(result)
     tables: dict[str, list[str]] = {}
     for (dataset, *_), runs in groups.items():
         first = runs[0]
