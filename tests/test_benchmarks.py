@@ -188,6 +188,79 @@ def test_claims_of_the_peer_are_those_of_its_head(head):
     assert claims["mean_radius"] == pytest.approx(np.maximum(radius, 0).mean(), rel=1e-5)
 
 
+def test_claims_of_one_score_are_its_size():
+    scores, labels = np.array([[0.3], [-0.1], [0.6]]), np.array([1, 0, 0])
+    for head in peers.FACTORS:
+        claims = peers.claimed(scores, labels, head, (0.2,))
+        assert (claims["clean"], claims["certified_0.2"]) == (2 / 3, 1 / 3)
+        assert claims["mean_radius"] == pytest.approx(0.4 / 3)
+
+
+@pytest.mark.parametrize("loss", ["crossentropy", "log_sum_exp_hkr", "binary_hkr"])
+def test_losses_of_peers_are_those_of_the_recipes(loss):
+    torch = pytest.importorskip("torch")
+    options = certified_accuracy.parsed([f"--loss={loss}", "--alpha=7", "--margin=0.3", "--temperature=4"])
+    rng, outputs = np.random.default_rng(0), 1 if loss == "binary_hkr" else 10
+    scores, labels = rng.normal(size=(50, outputs)).astype("float32"), rng.integers(0, max(2, outputs), 50)
+    peer = peers.torch_loss(options, torch.from_numpy(scores), torch.from_numpy(labels))
+    own = keras.ops.convert_to_numpy(certified_accuracy.LOSSES[loss](options)(labels, scores))
+    assert float(peer) == pytest.approx(float(own), rel=1e-5)
+
+
+def test_images_of_peers_are_mirrored_and_moved():
+    torch = pytest.importorskip("torch")
+    torch.manual_seed(0)
+    x = torch.zeros(64, 1, 5, 6)
+    x[:, :, 2, 1] = 1.0
+    assert set(peers.augmented(x, True, 0).argwhere()[:, 3].tolist()) == {1, 4}
+    moved = peers.augmented(x, False, 1)
+    assert moved.shape == x.shape
+    assert {tuple(place) for place in moved.argwhere()[:, 2:].tolist()} == set(itertools.product((1, 2, 3), (0, 1, 2)))
+
+
+@pytest.mark.parametrize("peer", ["orthogonium", "deel-torchlip"])
+def test_networks_of_peers_are_certified_in_keras(peer, tmp_path, monkeypatch):
+    torch = pytest.importorskip("torch")
+
+    class Sorted(torch.nn.Module):
+        def forward(self, x):
+            pairs = x.unflatten(1, (2, -1) if peer == "orthogonium" else (-1, 2))
+            axis = 1 if peer == "orthogonium" else 2
+            return pairs.sort(axis, descending=peer == "orthogonium").values.flatten(1, 2)
+
+    monkeypatch.setattr(peers, "torch_layers", lambda *_: (torch.nn.Conv2d, torch.nn.Linear, Sorted))
+    rng, labels = np.random.default_rng(0), np.arange(40) % 10
+    images = {f"x_{part}": rng.integers(0, 256, (40, 8, 8, 3), "uint8") for part in ("train", "test")}
+    np.savez(tmp_path / "data.npz", **images, y_train=labels, y_test=labels)
+    arguments = ["--recipe=cifar10", "--layers=P P 8 F 12", "--batch=16", f"--data={tmp_path / 'data.npz'}"]
+    settings = {"peer": peer, "projection": "default", "cpu_seconds": 0.05, "out": str(tmp_path / "out.npz")}
+    options = SimpleNamespace(**vars(certified_accuracy.parsed(arguments)), **settings)
+    threads = torch.get_num_threads()
+    try:
+        peers.train_recipe(options)
+    finally:
+        torch.set_num_threads(threads)
+    stored = dict(np.load(options.out))
+    weights = [stored[f"arr_{i}"] for i in range(len(stored) - 2)]
+    assert json.loads(str(stored["figures"]))["steps"] >= 1
+    result = peers.proven(options, weights, stored["logits"])
+    norms = [np.linalg.norm(kernel.reshape(len(kernel), -1), 2) for kernel in weights[::2]]
+    assert result["proven_bound"] < 3.001 * np.prod(norms)  # a 3 x 3 kernel sees a pixel at most nine times
+    x, scores = images["x_test"].reshape(40, -1) / 255, stored["logits"]
+    slopes = np.linalg.norm(scores[1:] - scores[:-1], axis=1) / np.linalg.norm(x[1:] - x[:-1], axis=1)
+    assert slopes.max() < result["proven_bound"]
+    with pytest.raises(RuntimeError, match="Expected the logits of the peer"):
+        peers.proven(options, weights, stored["logits"] + 0.01)
+
+
+def test_the_page_of_results_holds_the_tables_of_peers():
+    folder = certified_accuracy.HERE
+    files = (folder / "results" / name for name in ("peers.jsonl", "recipes.jsonl"))
+    results, own = ([json.loads(line) for line in file.read_text().splitlines()] for file in files)
+    page = (folder.parent / "docs" / "results.md").read_text()
+    assert peers.recipe_tables(results, own) in page
+
+
 def test_the_peer_needs_an_old_python(tmp_path, monkeypatch):
     monkeypatch.setattr(peers, "ENVIRONMENTS", tmp_path / "peers")
     monkeypatch.setattr(sys, "version_info", (3, 13, 0))
