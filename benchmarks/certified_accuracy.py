@@ -93,20 +93,22 @@ MNIST = {
 }
 FASHION_MNIST = {
     "dataset": "fashion_mnist",
-    "model": "cnn_orthogonal",
+    "layers": "P P D64 S64 S64 F 128",
     "head": "orthonormal",
     "loss": "crossentropy",
     "temperature": 10.0,
     "margin": 0.7,
     "optimizer": "stiefel_muon",
-    "rate": 0.02,
+    "rate": 0.03,
+    "batch": 256,
+    "epochs": 8,
 }
 RECIPES = {
     "mnist": MNIST | {"loss": "crossentropy", "temperature": 10.0, "margin": 0.8, "shift": 1, "epochs": 24},
     "mnist_far": MNIST | {"layers": "F 512 512 512 512", "alpha": 100.0, "epochs": 48, "batch": 512},
     "fashion_mnist": FASHION_MNIST,
     "fashion_mnist_long": FASHION_MNIST
-    | {"layers": "F 1024 256", "margin": 0.65, "rate": 0.03, "epochs": 100, "batch": 1024}
+    | {"layers": "F 1024 256", "margin": 0.65, "epochs": 100, "batch": 1024}
     | {"flip": True, "blend": 1.0, "contrast": 0.3},
     "cifar10": CIFAR10 | {"epochs": 96},
     "cifar10_gpu": CIFAR10 | {"layers": "P 128 128 128 P 256 256 256 P 512 512 F 512", "minutes": 5.5, "shift": 4},
