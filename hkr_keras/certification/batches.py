@@ -110,6 +110,11 @@ def _split(model: keras.Model, element: Any, is_loader: bool) -> tuple[Any, Any]
 
 def _to_numpy(values: Any) -> np.ndarray:
     """Any array or tensor, of this backend or another, that may require a gradient or lie on another device."""
+    if np.ma.is_masked(values):
+        raise ValueError(
+            "Expected arrays whose entries all count, for a network sees no mask: fill it, such as by x.filled(0). "
+            f"Received: a masked array with {np.ma.count_masked(values)} masked entries"
+        )
     if hasattr(values, "detach"):  # of PyTorch
         values = values.detach().cpu()
         values = values.float() if "bfloat16" in str(values.dtype) else values

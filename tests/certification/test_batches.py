@@ -123,6 +123,8 @@ def test_one_batch_is_held_at_a_time(model):
         (iter([X[:, :2]]), "was made for"),
         (iter([X[0]]), r"x\[:1\]"),
         ("abc", "Expected"),
+        (np.ma.masked_greater(X, 1.0), "sees no mask"),
+        ((X, np.ma.masked_equal(Y, 0)), "sees no mask"),
     ],
 )
 def test_data_that_are_refused(model, x, message):
