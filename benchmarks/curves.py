@@ -19,11 +19,13 @@ import matplotlib.pyplot as plt
 COLORS = ("#1f5fa8", "#d9622b", "#3a8f5c")
 BCOP = [(0, 71.7), (36 / 255, 58.5), (72 / 255, 44.2), (108 / 255, 31.3)]
 ORTHOGONIUM = [(0, 58.8), (36 / 255, 39.8), (72 / 255, 24.3), (108 / 255, 12.9)]
+TORCHLIP = [(0, 65.8), (36 / 255, 47.6), (72 / 255, 31.1), (108 / 255, 18.8)]
 POINTS = {  # label, marker, radii and percent
     "mnist": [("published", "^", [(0.3, 95.7), (1.58, 62.8), (1.58, 63.4)])],
     "cifar10": [
         ("published, original images: BCOP, 24 hours on a GPU", "^", BCOP),
-        ("orthogonium 0.0.4, the same images and network, 1105 CPU s", "s", ORTHOGONIUM),
+        ("deel-torchlip 1.0.5, the same images and network, 1105 CPU s", "o", TORCHLIP),
+        ("orthogonium 0.0.4, the same", "s", ORTHOGONIUM),
     ],
 }
 LONGEST = {"mnist": 3.0, "cifar10": 0.8}
