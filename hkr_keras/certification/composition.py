@@ -44,13 +44,13 @@ def product_error(left: np.ndarray, right: np.ndarray) -> np.ndarray:
 def _split_product_error(left: np.ndarray, right: np.ndarray, slack: float = 0.0) -> np.ndarray:
     """The same for products of split matrices, in which float32 has the sums of the high parts exactly.
 
-    What is left of a number is at most `_LOW`, so that the other sums are of so little. `slack`: what rows and columns
-    may be longer by than those that are given.
+    What is left of a number is at most `_LOW`, so that the other sums are of so little. The three sums count as if they
+    were added in the worst order, which rounds twice. `slack`: what rows and columns may be longer by than those given.
     """
     terms = left.shape[-1]
     of_sizes, of_sums = sum_error(terms)
     low = _LOW * (np.abs(left).sum(axis=-1)[..., None] + np.abs(right).sum(axis=-2)[..., None, :] + terms * _LOW)
-    error = (of_sizes + of_sums + 3 * _u) * low + _u * np.abs(left @ right)
+    error = (of_sizes + of_sums + 4 * _u) * low + 2 * _u * np.abs(left @ right)
     longest = [float(np.sqrt((part**2).sum(axis=axis)).max()) for part, axis in ((left, -1), (right, -2))]
     if math.prod(length + _LOW * math.sqrt(terms) + slack for length in longest) > 3.99:
         error = error + product_error(np.abs(left) + _LOW, np.abs(right) + _LOW)
