@@ -523,7 +523,8 @@ def recipe_tables(results: list[dict], own: list[dict]) -> str:
         headings += [f"{word} {radius}" for word in ("claimed", "proven") for radius in radii] + ["bound"]
         lines = [f"{recipe}: `{first['layers']}`, {weights_of(first)}", "", "| " + " | ".join(headings) + " |"]
         lines.append("|---|---|---|" + "---:|" * (len(headings) - 3))
-        alike = [run for run in own if all(run[name] == first[name] for name in ("recipe", "layers", "machine"))]
+        same = ("recipe", "layers", "machine", "seed")
+        alike = [run for run in own if all(run[name] == first[name] for name in same)]
         alike = [run for run in alike if run["cpu_seconds"] < 1.1 * first["cpu_seconds"]]
         for run in alike + final:
             tried = sum(other["held_out"] and other["library"] == run["library"] for other in runs)
