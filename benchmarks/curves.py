@@ -6,7 +6,10 @@ A curve is labelled with the name of its file; `certified_accuracy.py --recipe N
 """
 
 import argparse
+import json
 import pathlib
+import re
+from collections.abc import Iterator
 
 import keras
 import matplotlib
@@ -18,17 +21,22 @@ import matplotlib.pyplot as plt
 
 COLORS = ("#1f5fa8", "#d9622b", "#3a8f5c")
 BCOP = [(0, 71.7), (36 / 255, 58.5), (72 / 255, 44.2), (108 / 255, 31.3)]
-ORTHOGONIUM = [(0, 58.8), (36 / 255, 39.8), (72 / 255, 24.3), (108 / 255, 12.9)]
-TORCHLIP = [(0, 65.8), (36 / 255, 47.6), (72 / 255, 31.1), (108 / 255, 18.8)]
 POINTS = {  # label, marker, radii and percent
     "mnist": [("published", "^", [(0.3, 95.7), (1.58, 62.8), (1.58, 63.4)])],
-    "cifar10": [
-        ("published, original images: BCOP, 24 hours on a GPU", "^", BCOP),
-        ("deel-torchlip 1.0.5, the same images and network, 1105 CPU s", "o", TORCHLIP),
-        ("orthogonium 0.0.4, the same", "s", ORTHOGONIUM),
-    ],
+    "cifar10": [("published, original images: BCOP, 24 hours on a GPU", "^", BCOP)],
 }
 LONGEST = {"mnist": 3.0, "cifar10": 0.8}
+MARKERS = {"deel-torchlip": "o", "orthogonium": "s"}
+
+
+def points_of_peers(name: str) -> Iterator[tuple[str, str, list[tuple[float, float]]]]:
+    """What `peers.py` stored of a recipe of this name: label, marker, and what was proven, in percent."""
+    for line in (pathlib.Path(__file__).parent / "results" / "peers.jsonl").read_text().splitlines():
+        run = json.loads(line)
+        if run["recipe"] == name and not run["held_out"]:
+            proven = {float(key[7:]): 100 * share for key, share in run.items() if re.fullmatch(r"proven_[\d.]+", key)}
+            label = f"{run['library']}, the same images and network, {run['cpu_seconds']:.0f} CPU s"
+            yield label, MARKERS[run["library"].split()[0]], [(0.0, 100 * run["clean"]), *proven.items()]
 
 
 def draw(data: hkr.datasets.Dataset, models: dict[str, keras.Model], name: str, path: pathlib.Path) -> None:
@@ -37,7 +45,7 @@ def draw(data: hkr.datasets.Dataset, models: dict[str, keras.Model], name: str, 
     for color, (label, model) in zip(COLORS, models.items(), strict=False):
         certificate = hkr.certify(model, data.x_test, batch_size=512, verbose=0)
         hkr.plotting.plot_certified_accuracy(certificate, data.y_test, ax, label, color, marks=(), fill=False)
-    for label, marker, points in POINTS.get(name, []):
+    for label, marker, points in [*POINTS.get(name, []), *points_of_peers(name)]:
         radii, percent = zip(*points, strict=True)
         shares = [value / 100 for value in percent]
         ax.plot(radii, shares, marker, color="black", markersize=6, label=label, clip_on=False, zorder=3)

@@ -34,8 +34,8 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
     """The product of matrices of norm 1, of which float32 is off by little more than its last bit.
 
     Both are split: products of their high parts are multiples of `1 / GRID**2` with sums below 4, which float32 has
-    exactly, in whatever order it adds; what it is off by in the rest is as small as the rest. The rest is subtracted:
-    TensorFlow's graphs make one sum of additions in a row, which would begin with the high parts and round twice.
+    exactly, in whatever order it adds; what it is off by in the rest is as small as the rest. That is subtracted, since
+    TensorFlow's graphs may begin additions in a row with any of them, and round twice.
 
     Example:
 

@@ -59,8 +59,6 @@ LABELLED = {
 @pytest.mark.once
 @pytest.mark.parametrize("name", LABELLED)
 def test_labels_stay_with_the_certificate(model, name):
-    if BACKEND == "jax" and name == "tf.data":
-        pytest.skip("TensorFlow beside JAX is slow to start")
     expected = hkr.certify(model, X, verbose=0)
     found = hkr.certify(model, LABELLED[name](), verbose=0)
     np.testing.assert_allclose(found.radius, expected.radius, rtol=1e-4, atol=1e-6)
