@@ -9,6 +9,7 @@ import keras
 import numpy as np
 
 from hkr_keras import constraints, losses, margins
+from hkr_keras._backends.compiling import settle
 from hkr_keras._hints import renamed
 from hkr_keras._registration import registered
 from hkr_keras._validation import number
@@ -137,6 +138,12 @@ class Orthonormalize(keras.callbacks.Callback):
         self._is_training = True
         for name in _READERS:
             setattr(self._model, name, _after(self._polish, getattr(type(self._model), name), self._model))
+
+    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+        if batch == 0:  # behind what other callbacks assign when an epoch begins
+            model = self.model
+            optimizer = [] if model.optimizer is None else model.optimizer.variables
+            settle([*model.variables, *optimizer, *model.metrics_variables])
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         self._batches += 1

@@ -858,3 +858,15 @@ def test_kernels_that_start_at_zero_may_be_evaluated(data):
     model = compiled(keras.Sequential([keras.Input((6,)), keras.layers.Dense(1, kernel_initializer="zeros")]))
     history = fit(model, CertifiedEvaluation(*data(), [0.1]))
     assert history["lipschitz_bound"][-1] > 0
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="JAX tells values that are tied to a device from others")
+def test_a_step_is_compiled_once(caplog):
+    """A loss of this package reads a mutable array, which ties what a step returns to the device."""
+    import jax
+
+    metrics = [hkr.metrics.CertifiedAccuracy(0.1)]
+    rates = keras.callbacks.LearningRateScheduler(lambda epoch: 0.01 / (epoch + 1))
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        fit(compiled(our_model(), metrics=metrics), Orthonormalize(), rates, epochs=3)
+    assert sum("XLA compilation of jit(train_step)" in record.getMessage() for record in caplog.records) == 1

@@ -11,7 +11,7 @@ from typing import Any
 
 import keras
 
-__all__ = ["at_inference", "branch", "compiled", "in_one_go", "is_traced", "predictor"]
+__all__ = ["at_inference", "branch", "compiled", "in_one_go", "is_traced", "predictor", "settle"]
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -152,3 +152,22 @@ def branch(condition: Any, if_true: Callable[[], Any], if_false: Callable[[], An
     if is_traced(condition):
         return keras.ops.cond(condition, if_true, if_false)
     return if_true() if bool(keras.ops.convert_to_numpy(condition)) else if_false()
+
+
+def settle(variables: list[keras.Variable]) -> None:
+    """Ties the values of variables to the device they are on, on JAX without a distribution.
+
+    A step that reads a mutable array (`parameters.Parameter`) returns its values tied to a device. A step that was
+    compiled for others, such as those of fresh variables and of metrics after a reset, would be compiled once more.
+
+    Example:
+
+    >>> settle([keras.Variable(1.0)])
+    """
+    if keras.backend.backend() != "jax" or keras.distribution.distribution() is not None:
+        return
+    import jax
+
+    for variable in variables:
+        if not variable.value.committed:
+            variable.assign(jax.device_put(variable.value, variable.value.device))
