@@ -91,6 +91,10 @@ def machine() -> str:
         import torch
 
         devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    elif keras.backend.backend() == "jax":
+        import jax
+
+        devices = [device.device_kind for device in jax.devices() if device.platform != "cpu"]
     else:
         devices = [name for name in keras.distribution.list_devices() if not name.startswith("cpu")]
     return ", ".join([text, *devices])

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
-import numpy as np
 from keras import ops
 
 from hkr_keras import linalg
@@ -296,15 +295,20 @@ class UnitNorm(LipschitzConstraint):
         return in_one_go(linalg.unit_norm, ops.convert_to_tensor(kernel), axes)
 
 
+def _deviation(matrices: Tensor) -> Tensor:
+    """The largest entry of `|W^T W - I|`, or of `|W W^T - I|`, whichever is smaller."""
+    rows, columns = matrices.shape[-2:]
+    left = matrices if rows < columns else ops.swapaxes(matrices, -1, -2)
+    gram = ops.matmul(left, ops.swapaxes(left, -1, -2))
+    return ops.max(ops.abs(ops.cast(gram, "float32") - ops.eye(min(rows, columns))))
+
+
 def _newton_schulz_to_precision(matrices: Tensor) -> Tensor:
     rows, columns = matrices.shape[-2:]
     w = matrices
     for _ in range(_MAX_POLISHING_STEPS if min(rows, columns) > 1 else 1):
         w = in_one_go(linalg.newton_schulz, w)
-        a = ops.convert_to_numpy(w)
-        gram = a @ a.swapaxes(-1, -2) if rows < columns else a.swapaxes(-1, -2) @ a
-        deviation = abs(gram - np.eye(min(rows, columns))).max()
-        if not deviation > _POLISHED:
+        if not ops.convert_to_numpy(in_one_go(_deviation, w)) > _POLISHED:
             return in_one_go(linalg.newton_schulz, w)  # a small entry everywhere may still add up to a larger norm
     return w
 
