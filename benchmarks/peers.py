@@ -5,7 +5,7 @@
     python benchmarks/peers.py --recipe cifar10 --peer orthogonium --data cifar10.npz --cpu-seconds 1105
 
 The first form trains deel-lip and stores what it claims of itself; `--steps` times a training step of a peer, of this
-package and of plain Keras on the same engine, in turn. `--recipe` trains a peer on PyTorch with the layer sizes, loss,
+package and of plain Keras on the same engine, in turn. `--recipe` trains a peer with the layer sizes, loss,
 augmentation and batches of a recipe of `certified_accuracy.py`, with Adam and one thread, for so many CPU seconds; its
 kernels are loaded into a Keras network, whose bound and certificates stand beside its claims. The first call makes the
 environment (for deel-lip Python up to 3.11 and TensorFlow 2.15; about 1 GB each) under `build/`, which Git ignores;
@@ -384,6 +384,42 @@ def arrays_of(options) -> tuple[np.ndarray, ...]:
     return x, y.reshape(-1).astype("int64"), x_test, y_test.reshape(-1)
 
 
+class Clock:
+    """Rows of the images of each step, and its rate, which warms up and decays, for so many CPU seconds."""
+
+    def __init__(self, options, count: int):
+        self.options, self.count, self.steps = options, count, 0
+        self.start, self.start_cpu = time.perf_counter(), time.process_time()
+
+    def __iter__(self):
+        rng, options = np.random.default_rng(self.options.seed), self.options
+        while True:
+            order = rng.permutation(self.count)
+            for first in range(0, self.count - options.batch + 1, options.batch):
+                share = (time.process_time() - self.start_cpu) / options.cpu_seconds
+                if share >= 1:
+                    return
+                warm, decay = share / 0.05, math.cos(math.pi * max(0.0, share - 0.05) / 0.95)
+                self.steps += 1
+                yield order[first : first + options.batch], options.rate * min(0.05 + 0.95 * warm, 0.5 + 0.5 * decay)
+            print(f"{100 * share:.0f} % of the time, step {self.steps}", flush=True)
+
+    def figures(self, versions: str, parameters: int) -> str:
+        """What the training took, as JSON."""
+        figures = {
+            "library": " ".join(REQUIREMENTS[self.options.peer][0].split("==")),
+            "optimizer": "adam",
+            "versions": f"{versions}, Python {platform.python_version()}",
+            "parameters": parameters,
+            "steps": self.steps,
+            "epochs": round(self.steps * self.options.batch / self.count, 2),
+            "seconds": round(time.perf_counter() - self.start, 1),
+            "cpu_seconds": round(time.process_time() - self.start_cpu, 1),
+            "threads": 1,
+        }
+        return json.dumps(figures)
+
+
 def train_recipe(options) -> None:
     """Trains a peer on PyTorch; what it is and says goes into the file `options.out`. Runs in its environment."""
     import torch
@@ -393,65 +429,150 @@ def train_recipe(options) -> None:
     x, y, x_test, _ = map(torch.from_numpy, arrays_of(options))
     factor = 1 / 255 if x.dtype == torch.uint8 else 1.0
     model = recipe_network(options, x.shape[1:], 1 if options.loss == "binary_hkr" else int(y.max()) + 1)
-    optimizer = torch.optim.Adam(model.parameters(), options.rate)
-    start, start_cpu, steps, share = time.perf_counter(), time.process_time(), 0, 0.0
-    while share < 1:
-        for rows in torch.randperm(len(x))[: len(x) // options.batch * options.batch].split(options.batch):
-            warm, decay = share / 0.05, math.cos(math.pi * max(0.0, share - 0.05) / 0.95)
-            optimizer.param_groups[0]["lr"] = options.rate * min(0.05 + 0.95 * warm, 0.5 + 0.5 * decay)
-            optimizer.zero_grad()
-            images = augmented(factor * x[rows], options.flip, options.shift)
-            loss = torch_loss(options, model(images), y[rows])
-            loss.backward()
-            optimizer.step()
-            steps, share = steps + 1, (time.process_time() - start_cpu) / options.cpu_seconds
-            if share >= 1 or not loss.isfinite():
-                break
-        print(f"{100 * share:.0f} % of the time, step {steps}, loss {loss.item():.4f}", flush=True)
+    optimizer, clock = torch.optim.Adam(model.parameters(), options.rate), Clock(options, len(x))
+    for rows, rate in clock:
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.zero_grad()
+        images = augmented(factor * x[rows], options.flip, options.shift)
+        loss = torch_loss(options, model(images), y[rows])
+        loss.backward()
+        optimizer.step()
         if not loss.isfinite():
             break
-    figures = {
-        "library": " ".join(REQUIREMENTS[options.peer][0].split("==")),
-        "optimizer": "adam",
-        "versions": f"torch {torch.__version__}, Python {platform.python_version()}",
-        "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "steps": steps,
-        "epochs": round(steps * options.batch / len(x), 2),
-        "seconds": round(time.perf_counter() - start, 1),
-        "cpu_seconds": round(time.process_time() - start_cpu, 1),
-        "threads": 1,
-    }
+    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    figures = clock.figures(f"torch {torch.__version__}", parameters)
     model.eval()
     with torch.no_grad(), torch.nn.utils.parametrize.cached():
         logits = torch.cat([model(factor * images) for images in x_test.split(512)]).numpy()
         weights = [array.numpy() for part in model if hasattr(part, "weight") for array in (part.weight, part.bias)]
-    np.savez(options.out, *weights, figures=json.dumps(figures), logits=logits)
+    np.savez(options.out, *weights, figures=figures, logits=logits)
+
+
+# deel-lip runs on TensorFlow, with images `(n, height, width, channels)`.
+
+
+def deel_lip_network(options, shape: tuple[int, int, int], outputs: int):
+    """The layers of a recipe, from the layers of deel-lip."""
+    from deel.lip import layers, model
+    from tensorflow.keras.layers import Flatten, Input
+
+    kept = {"default": {}, "none": {"eps_bjorck": None}}[options.projection]
+    parts, flat = [Input(shape)], False
+    for name in options.layers.split():
+        if name == "P":
+            parts.append(layers.InvertibleDownSampling((2, 2)))
+        elif name == "F":
+            parts.append(Flatten())
+            flat = True
+        else:
+            size = int(name)
+            dense = layers.SpectralDense(size, **kept) if flat else None
+            parts += [dense or layers.SpectralConv2D(size, 3, padding="same", **kept), layers.GroupSort2()]
+    return model.Sequential([*parts, layers.SpectralDense(outputs, **kept)])
+
+
+def tensorflow_loss(options, scores, labels):
+    """The loss of a recipe, written as in `hkr_keras.losses`, on TensorFlow."""
+    import tensorflow as tf
+
+    if options.loss == "binary_hkr":
+        signs = 2.0 * tf.cast(labels, "float32") - 1.0
+        own = signs * scores[:, 0]
+        sides = [tf.cast(signs == side, "float32") for side in (-1.0, 1.0)]
+        transport = sum(tf.math.divide_no_nan(tf.reduce_sum(own * side), tf.reduce_sum(side)) for side in sides)
+        return options.alpha * tf.reduce_mean(tf.nn.relu(options.margin - own)) - transport
+    member = tf.one_hot(labels, scores.shape[1])
+    if options.loss == "crossentropy":
+        logits = options.temperature * (scores - options.margin * member)
+        losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
+        return tf.reduce_mean(losses) / options.temperature
+    others = options.temperature * scores - 1e9 * member
+    half_margin = 0.5 * (tf.reduce_sum(member * scores, 1) - tf.reduce_logsumexp(others, 1) / options.temperature)
+    return tf.reduce_mean(options.alpha * tf.nn.relu(options.margin - half_margin) - half_margin)
+
+
+def tensorflow_augmented(x, flip: bool, shift: int):
+    """As `augmented`, on TensorFlow, for images `(n, height, width, channels)`."""
+    import tensorflow as tf
+
+    height, width = x.shape[1:3]
+    if flip:
+        x = tf.image.random_flip_left_right(x)
+    if shift:
+        x = tf.pad(x, ((0, 0), (shift, shift), (shift, shift), (0, 0)))
+        rows, columns = (
+            tf.range(size)[None] + tf.random.uniform((len(x), 1), maxval=2 * shift + 1, dtype="int32")
+            for size in (height, width)
+        )
+        x = tf.gather(tf.gather(x, rows, axis=1, batch_dims=1), columns, axis=2, batch_dims=1)
+    return x
+
+
+def train_deel_lip(options) -> None:
+    """As `train_recipe`, for deel-lip."""
+    import tensorflow as tf
+
+    tf.config.threading.set_intra_op_parallelism_threads(1)
+    tf.config.threading.set_inter_op_parallelism_threads(1)
+    tf.keras.utils.set_random_seed(options.seed)
+    x, y, x_test, _ = arrays_of(options)
+    x, x_test = (tf.constant(np.moveaxis(images, 1, -1)) for images in (x, x_test))
+    factor = 1 / 255 if x.dtype == tf.uint8 else 1.0
+    model = deel_lip_network(options, tuple(x.shape[1:]), 1 if options.loss == "binary_hkr" else int(y.max()) + 1)
+    optimizer = tf.keras.optimizers.Adam(options.rate)
+    optimizer.build(model.trainable_variables)
+    labels = tf.constant(y)
+
+    def images_of(rows):
+        return factor * tf.cast(rows, "float32")
+
+    @tf.function(reduce_retracing=True)
+    def step(rows):
+        images = tf.ensure_shape(images_of(tf.gather(x, rows)), (options.batch, *x.shape[1:]))
+        with tf.GradientTape() as tape:
+            scores = model(tensorflow_augmented(images, options.flip, options.shift), training=True)
+            loss = tensorflow_loss(options, scores, tf.gather(labels, rows))
+        gradients = tape.gradient(loss, model.trainable_variables)
+        optimizer.apply_gradients(zip(gradients, model.trainable_variables, strict=True))
+        return loss
+
+    clock = Clock(options, len(x))
+    for rows, rate in clock:
+        optimizer.learning_rate.assign(rate)
+        if not np.isfinite(step(tf.constant(rows)).numpy()):
+            break
+    figures = clock.figures(f"TensorFlow {tf.__version__}", int(sum(np.prod(w.shape) for w in model.trainable_weights)))
+    plain = model.vanilla_export()
+    logits = np.concatenate([plain(images_of(x_test[i : i + 512])) for i in range(0, len(x_test), 512)])
+    np.savez(options.out, *plain.get_weights(), figures=figures, logits=logits)
 
 
 def keras_network(options, shape: tuple[int, int, int], weights: list[np.ndarray]):
-    """A plain Keras network, but for the activation, of the kernels and biases of a peer on PyTorch."""
+    """A plain Keras network, but for the activation, of the kernels and biases of a peer."""
     import keras
     from keras import layers
 
     import hkr_keras as hkr
 
     inputs = x = keras.Input(shape)
-    weights, flat = iter(weights), False
+    weights, flat, first = iter(weights), False, options.peer != "deel-lip"  # on PyTorch channels come first
 
     def applied(layer, x):
         kernel, bias = next(weights), next(weights)
         outputs = layer(x)
-        layer.set_weights([kernel.transpose(2, 3, 1, 0) if kernel.ndim == 4 else kernel.T, bias])
+        if first:
+            kernel = kernel.transpose(2, 3, 1, 0) if kernel.ndim == 4 else kernel.T
+        layer.set_weights([kernel, bias])
         return outputs
 
     for name in options.layers.split():
         if name == "P":
             height, width, channels = x.shape[1:]
             x = layers.Reshape((height // 2, 2, width // 2, 2, channels))(x)
-            x = layers.Permute((1, 3, 5, 2, 4))(x)
+            x = layers.Permute((1, 3, 5, 2, 4) if first else (1, 3, 2, 4, 5))(x)
             x = layers.Reshape((height // 2, width // 2, 4 * channels))(x)
         elif name == "F":
-            x, flat = layers.Flatten()(layers.Permute((3, 1, 2))(x)), True
+            x, flat = layers.Flatten()(layers.Permute((3, 1, 2))(x) if first else x), True
         else:
             x = applied(layers.Dense(int(name)) if flat else layers.Conv2D(int(name), 3, padding="same"), x)
             x = (hkr.layers.MaxMin() if options.peer == "orthogonium" else hkr.layers.GroupSort(2))(x)
@@ -566,14 +687,14 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--json", help="append the figures to this file, one JSON object per line")
     parser.add_argument("--steps", action="store_true", help="time a training step of both libraries")
     parser.add_argument("--peer", choices=REQUIREMENTS, default="deel-lip", help="whose steps to time; whom to train")
-    parser.add_argument("--recipe", help="of certified_accuracy.py: train --peer, on PyTorch, with its settings")
+    parser.add_argument("--recipe", help="of certified_accuracy.py: train --peer with its settings")
     parser.add_argument("--data", help="an .npz file of x_train, y_train, x_test, y_test, for --recipe")
     parser.add_argument("--cpu-seconds", type=float, default=60.0, help="of a training with --recipe")
     parser.add_argument("--held-out", action="store_true", help="measure on a tenth of the training inputs, kept apart")
     parser.add_argument(
         "--projection",
         default="default",
-        help="orthogonium's cholesky_stable, qr or bjorck_pass_through; eps_bjorck of deel-torchlip, or none",
+        help="orthogonium's cholesky_stable, qr or bjorck_pass_through; eps_bjorck of deel-torchlip; none for either",
     )
     parser.add_argument("--show", type=pathlib.Path, help="print the tables of results of --recipe, and train nothing")
     parser.add_argument("--network", nargs="+", choices=NETWORKS, default=list(NETWORKS), help=str(NETWORKS))
@@ -585,8 +706,8 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--serve", choices=STEPS, help=argparse.SUPPRESS)
     parser.add_argument("--settings", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.peer == ("deel-lip" if options.recipe else "orthogonium"):
-        parser.error(f"Expected a peer on PyTorch for --recipe, another than orthogonium without it: {options.peer}")
+    if options.peer == "orthogonium" and not (options.recipe or options.show or options.settings):
+        parser.error("Expected --recipe with --peer orthogonium.")
     if options.recipe:
         from certified_accuracy import RECIPES
 
@@ -603,7 +724,8 @@ def main() -> None:
         files = (options.show, pathlib.Path(__file__).parent / "results" / "recipes.jsonl")
         print(recipe_tables(*([json.loads(line) for line in file.read_text().splitlines()] for file in files)))
     elif options.settings:
-        train_recipe(argparse.Namespace(**options.settings))
+        settings = argparse.Namespace(**options.settings)
+        (train_deel_lip if settings.peer == "deel-lip" else train_recipe)(settings)
     elif options.recipe:
         store(options.json, run_recipe(options))
     elif options.serve:

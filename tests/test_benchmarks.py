@@ -196,26 +196,56 @@ def test_claims_of_one_score_are_its_size():
         assert claims["mean_radius"] == pytest.approx(0.4 / 3)
 
 
+@pytest.mark.parametrize("framework", ["torch", "tensorflow"])
 @pytest.mark.parametrize("loss", ["crossentropy", "log_sum_exp_hkr", "binary_hkr"])
-def test_losses_of_peers_are_those_of_the_recipes(loss):
-    torch = pytest.importorskip("torch")
+def test_losses_of_peers_are_those_of_the_recipes(loss, framework):
+    torch = pytest.importorskip("torch")  # before TensorFlow
     options = certified_accuracy.parsed([f"--loss={loss}", "--alpha=7", "--margin=0.3", "--temperature=4"])
     rng, outputs = np.random.default_rng(0), 1 if loss == "binary_hkr" else 10
     scores, labels = rng.normal(size=(50, outputs)).astype("float32"), rng.integers(0, max(2, outputs), 50)
-    peer = peers.torch_loss(options, torch.from_numpy(scores), torch.from_numpy(labels))
+    if framework == "tensorflow":
+        pytest.importorskip("tensorflow")
+        peer = peers.tensorflow_loss(options, scores, labels)
+    else:
+        peer = peers.torch_loss(options, torch.from_numpy(scores), torch.from_numpy(labels))
     own = keras.ops.convert_to_numpy(certified_accuracy.LOSSES[loss](options)(labels, scores))
     assert float(peer) == pytest.approx(float(own), rel=1e-5)
 
 
-def test_images_of_peers_are_mirrored_and_moved():
-    torch = pytest.importorskip("torch")
-    torch.manual_seed(0)
-    x = torch.zeros(64, 1, 5, 6)
+@pytest.mark.parametrize("framework", ["torch", "tensorflow"])
+def test_images_of_peers_are_mirrored_and_moved(framework):
+    torch = pytest.importorskip("torch")  # before TensorFlow
+    x = np.zeros((64, 1, 5, 6), "float32")
     x[:, :, 2, 1] = 1.0
-    assert set(peers.augmented(x, True, 0).argwhere()[:, 3].tolist()) == {1, 4}
-    moved = peers.augmented(x, False, 1)
+    if framework == "tensorflow":
+        tf = pytest.importorskip("tensorflow")
+        tf.random.set_seed(0)
+
+        def changed(*settings):
+            return np.moveaxis(peers.tensorflow_augmented(tf.constant(np.moveaxis(x, 1, -1)), *settings), -1, 1)
+
+    else:
+        torch.manual_seed(0)
+
+        def changed(*settings):
+            return peers.augmented(torch.from_numpy(x), *settings).numpy()
+
+    assert set(np.argwhere(changed(True, 0))[:, 3]) == {1, 4}
+    moved = changed(False, 1)
     assert moved.shape == x.shape
-    assert {tuple(place) for place in moved.argwhere()[:, 2:].tolist()} == set(itertools.product((1, 2, 3), (0, 1, 2)))
+    assert {tuple(place) for place in np.argwhere(moved)[:, 2:]} == set(itertools.product((1, 2, 3), (0, 1, 2)))
+
+
+def test_networks_of_deel_lip_are_certified_in_keras(tmp_path):
+    rng, labels = np.random.default_rng(0), np.arange(8)
+    images = {f"x_{part}": rng.integers(0, 256, (8, 4, 4, 3), "uint8") for part in ("train", "test")}
+    np.savez(tmp_path / "data.npz", **images, y_train=labels, y_test=labels)
+    arguments = ["--recipe=cifar10", "--layers=P F", f"--data={tmp_path / 'data.npz'}"]
+    options = SimpleNamespace(**vars(certified_accuracy.parsed(arguments)), peer="deel-lip")
+    weights = [rng.normal(size=shape).astype("float32") for shape in ((48, 10), (10,))]
+    parts = images["x_test"].reshape(8, 2, 2, 2, 2, 3).transpose(0, 1, 3, 2, 4, 5).reshape(8, 48)
+    result = peers.proven(options, weights, parts / np.float32(255) @ weights[0] + weights[1])
+    assert result["proven_bound"] == pytest.approx(np.linalg.norm(weights[0], 2), rel=1e-4)
 
 
 @pytest.mark.parametrize("peer", ["orthogonium", "deel-torchlip"])
