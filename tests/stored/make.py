@@ -22,18 +22,20 @@ def make_model():
     y = L.GroupSort(2)(L.LipschitzConv2D(4, 3, padding="same")(x))
     y = L.AOLConv2D(4, 3, padding="same")(L.LipschitzDepthwiseConv2D(3, padding="same")(y))
     x = L.LipschitzResidual()([x, y, L.SLLConv2D(4, 3)(x)])
-    x = L.InvertibleDownsampling2D(2)(L.LayerCentering()(x))
+    x = L.InvertibleDownsampling2D(2)(L.LayerCentering()(L.LipschitzBatchNormalization()(x)))
+    x = L.ChannelShuffle(4)(L.SpatialShift2D()(x))
     x = L.InvertibleUpsampling2D(2)(L.MaxMin()(L.LipschitzSeparableConv2D(16, 3, padding="same")(x)))
     x = L.L2NormPooling2D(2)(L.ScaledAveragePooling2D(2)(x))
     x = L.LipschitzConv2DTranspose(4, 2, strides=2)(x)
     rows = L.LipschitzSimpleRNN(6, return_sequences=True)(keras.layers.Reshape((16, 4))(x))
     rows = L.FullSort()(L.OrthogonalConv1D(6, 3, padding="causal")(rows))
     x = keras.layers.Concatenate()([L.GlobalL2NormPooling1D()(rows), L.ScaledGlobalAveragePooling2D()(x)])
-    x = L.SLLDense(4)(L.AOLDense(8)(x))
+    x = L.SLLDense(4)(L.AOLDense(8)(L.ReflectorDense(8, rank=2)(x)))
+    x = L.LipschitzDense(8, kernel_constraint=hkr.constraints.Orthonormal(every=2))(x)
     x = L.LipschitzDense(4, kernel_constraint=hkr.constraints.SpectralBall())(x)
     model = keras.Model(inputs, L.Scale(2.0)(L.LipschitzDense(3, kernel_constraint=hkr.constraints.UnitNorm())(x)))
     model.compile(
-        "adam",
+        hkr.optimizers.StiefelMuon(0.01),
         loss=hkr.losses.MulticlassHKR(alpha=20, margin=0.4),
         metrics=[hkr.metrics.CertifiedAccuracy(epsilon=0.1), hkr.metrics.CertifiedRadius()],
     )
