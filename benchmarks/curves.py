@@ -30,7 +30,7 @@ MARKERS = {"deel-torchlip": "o", "orthogonium": "s"}
 
 
 def points_of_peers(name: str) -> Iterator[tuple[str, str, list[tuple[float, float]]]]:
-    """What `peers.py` stored of a recipe of this name: label, marker, and what was proven, in percent."""
+    """What `peer_recipes.py` stored of a recipe of this name: label, marker, and what was proven, in percent."""
     for line in (pathlib.Path(__file__).parent / "results" / "peers.jsonl").read_text().splitlines():
         run = json.loads(line)
         if run["recipe"] == name and not run["held_out"]:

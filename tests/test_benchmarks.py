@@ -18,6 +18,7 @@ import keras
 import layer_cost
 import memory
 import numpy as np
+import peer_recipes
 import peers
 import price_of_rigour
 import projection_cost
@@ -205,9 +206,9 @@ def test_losses_of_peers_are_those_of_the_recipes(loss, framework):
     scores, labels = rng.normal(size=(50, outputs)).astype("float32"), rng.integers(0, max(2, outputs), 50)
     if framework == "tensorflow":
         pytest.importorskip("tensorflow")
-        peer = peers.tensorflow_loss(options, scores, labels)
+        peer = peer_recipes.tensorflow_loss(options, scores, labels)
     else:
-        peer = peers.torch_loss(options, torch.from_numpy(scores), torch.from_numpy(labels))
+        peer = peer_recipes.torch_loss(options, torch.from_numpy(scores), torch.from_numpy(labels))
     own = keras.ops.convert_to_numpy(certified_accuracy.LOSSES[loss](options)(labels, scores))
     assert float(peer) == pytest.approx(float(own), rel=1e-5)
 
@@ -222,13 +223,13 @@ def test_images_of_peers_are_mirrored_and_moved(framework):
         tf.random.set_seed(0)
 
         def changed(*settings):
-            return np.moveaxis(peers.tensorflow_augmented(tf.constant(np.moveaxis(x, 1, -1)), *settings), -1, 1)
+            return np.moveaxis(peer_recipes.tensorflow_augmented(tf.constant(np.moveaxis(x, 1, -1)), *settings), -1, 1)
 
     else:
         torch.manual_seed(0)
 
         def changed(*settings):
-            return peers.augmented(torch.from_numpy(x), *settings).numpy()
+            return peer_recipes.augmented(torch.from_numpy(x), *settings).numpy()
 
     assert set(np.argwhere(changed(True, 0))[:, 3]) == {1, 4}
     moved = changed(False, 1)
@@ -244,7 +245,7 @@ def test_networks_of_deel_lip_are_certified_in_keras(tmp_path):
     options = SimpleNamespace(**vars(certified_accuracy.parsed(arguments)), peer="deel-lip")
     weights = [rng.normal(size=shape).astype("float32") for shape in ((48, 10), (10,))]
     parts = images["x_test"].reshape(8, 2, 2, 2, 2, 3).transpose(0, 1, 3, 2, 4, 5).reshape(8, 48)
-    result = peers.proven(options, weights, parts / np.float32(255) @ weights[0] + weights[1])
+    result = peer_recipes.proven(options, weights, parts / np.float32(255) @ weights[0] + weights[1])
     assert result["proven_bound"] == pytest.approx(np.linalg.norm(weights[0], 2), rel=1e-4)
 
 
@@ -258,7 +259,7 @@ def test_networks_of_peers_are_certified_in_keras(peer, tmp_path, monkeypatch):
             axis = 1 if peer == "orthogonium" else 2
             return pairs.sort(axis, descending=peer == "orthogonium").values.flatten(1, 2)
 
-    monkeypatch.setattr(peers, "torch_layers", lambda *_: (torch.nn.Conv2d, torch.nn.Linear, Sorted))
+    monkeypatch.setattr(peer_recipes, "torch_layers", lambda *_: (torch.nn.Conv2d, torch.nn.Linear, Sorted))
     rng, labels = np.random.default_rng(0), np.arange(40) % 10
     images = {f"x_{part}": rng.integers(0, 256, (40, 8, 8, 3), "uint8") for part in ("train", "test")}
     np.savez(tmp_path / "data.npz", **images, y_train=labels, y_test=labels)
@@ -267,20 +268,20 @@ def test_networks_of_peers_are_certified_in_keras(peer, tmp_path, monkeypatch):
     options = SimpleNamespace(**vars(certified_accuracy.parsed(arguments)), **settings)
     threads = torch.get_num_threads()
     try:
-        peers.train_recipe(options)
+        peer_recipes.train_recipe(options)
     finally:
         torch.set_num_threads(threads)
     stored = dict(np.load(options.out))
     weights = [stored[f"arr_{i}"] for i in range(len(stored) - 2)]
     assert json.loads(str(stored["figures"]))["steps"] >= 1
-    result = peers.proven(options, weights, stored["logits"])
+    result = peer_recipes.proven(options, weights, stored["logits"])
     norms = [np.linalg.norm(kernel.reshape(len(kernel), -1), 2) for kernel in weights[::2]]
     assert result["proven_bound"] < 3.001 * np.prod(norms)  # a 3 x 3 kernel sees a pixel at most nine times
     x, scores = images["x_test"].reshape(40, -1) / 255, stored["logits"]
     slopes = np.linalg.norm(scores[1:] - scores[:-1], axis=1) / np.linalg.norm(x[1:] - x[:-1], axis=1)
     assert slopes.max() < result["proven_bound"]
     with pytest.raises(RuntimeError, match="Expected the logits of the peer"):
-        peers.proven(options, weights, stored["logits"] + 0.01)
+        peer_recipes.proven(options, weights, stored["logits"] + 0.01)
 
 
 def test_the_page_of_results_holds_the_tables_of_peers():
@@ -288,7 +289,7 @@ def test_the_page_of_results_holds_the_tables_of_peers():
     files = (folder / "results" / name for name in ("peers.jsonl", "recipes.jsonl"))
     results, own = ([json.loads(line) for line in file.read_text().splitlines()] for file in files)
     page = (folder.parent / "docs" / "results.md").read_text()
-    assert peers.recipe_tables(results, own) in page
+    assert peer_recipes.recipe_tables(results, own) in page
 
 
 def test_the_peer_needs_an_old_python(tmp_path, monkeypatch):
