@@ -64,6 +64,7 @@ OPTIMIZERS = {
     "stiefel_muon": hkr.optimizers.StiefelMuon,
 }
 
+SHIFT_NET = "P P D64 S64 S64 F 512 256"
 CIFAR10 = {
     "dataset": "cifar10",
     "layers": "P P 64 F 1024 256",
@@ -104,12 +105,13 @@ FASHION_MNIST = {
     "epochs": 8,
 }
 RECIPES = {
-    "mnist": MNIST | {"loss": "crossentropy", "temperature": 10.0, "margin": 0.8, "shift": 1, "epochs": 24},
+    "mnist": MNIST
+    | {"layers": SHIFT_NET, "loss": "crossentropy", "temperature": 10.0, "margin": 0.8, "shift": 1}
+    | {"epochs": 24, "batch": 512},
     "mnist_far": MNIST | {"layers": "F 512 512 512 512", "alpha": 100.0, "epochs": 48, "batch": 512},
     "fashion_mnist": FASHION_MNIST,
     "fashion_mnist_long": FASHION_MNIST
-    | {"layers": "F 1024 256", "margin": 0.65, "epochs": 100, "batch": 1024}
-    | {"flip": True, "blend": 1.0, "contrast": 0.3},
+    | {"layers": SHIFT_NET, "epochs": 140, "batch": 512, "flip": True, "blend": 1.0, "contrast": 0.3},
     "cifar10": CIFAR10 | {"epochs": 96},
     "cifar10_gpu": CIFAR10 | {"layers": "P 128 128 P 256 256 F 1024 256", "minutes": 6.5, "shift": 4},
     "smiles": {
