@@ -26,7 +26,7 @@ POINTS = {  # label, marker, radii and percent
     "cifar10": [("published, original images: BCOP, 24 hours on a GPU", "^", BCOP)],
 }
 LONGEST = {"mnist": 3.0, "cifar10": 0.8}
-MARKERS = {"deel-torchlip": "o", "orthogonium": "s"}
+MARKERS = {"deel-lip": "D", "deel-torchlip": "o", "orthogonium": "s"}
 
 
 def points_of_peers(name: str) -> Iterator[tuple[str, str, list[tuple[float, float]]]]:
