@@ -81,15 +81,10 @@ CIFAR10 = {
 }
 MNIST = {
     "dataset": "mnist",
-    "layers": "F 512 512",
     "head": "orthonormal",
-    "loss": "log_sum_exp_hkr",
-    "alpha": 50.0,
-    "margin": 1.5,
     "optimizer": "stiefel_muon",
     "rate": 0.03,
-    "batch": 1024,
-    "epochs": 20,
+    "batch": 512,
     "epsilons": [0.1, 0.3, 1.0, 1.58],
 }
 FASHION_MNIST = {
@@ -106,9 +101,9 @@ FASHION_MNIST = {
 }
 RECIPES = {
     "mnist": MNIST
-    | {"layers": SHIFT_NET, "loss": "crossentropy", "temperature": 10.0, "margin": 0.8, "shift": 1}
-    | {"epochs": 24, "batch": 512},
-    "mnist_far": MNIST | {"layers": "F 512 512 512 512", "alpha": 100.0, "epochs": 48, "batch": 512},
+    | {"layers": SHIFT_NET, "loss": "crossentropy", "temperature": 10.0, "margin": 0.8, "shift": 1, "epochs": 24},
+    "mnist_far": MNIST
+    | {"layers": "F 512 512 512 512", "loss": "log_sum_exp_hkr", "alpha": 100.0, "margin": 1.5, "epochs": 48},
     "fashion_mnist": FASHION_MNIST,
     "fashion_mnist_long": FASHION_MNIST
     | {"layers": SHIFT_NET, "epochs": 140, "batch": 512, "flip": True, "blend": 1.0, "contrast": 0.3},

@@ -21,7 +21,7 @@ import tempfile
 import time
 
 import numpy as np
-from peers import EPSILONS, REQUIREMENTS, claimed, interpreter, store
+from peers import REQUIREMENTS, claimed, interpreter, store
 
 RECIPE = ("recipe", "held_out", "dataset", "layers", "loss", "alpha", "margin", "temperature", "batch", "rate")
 RECIPE = (*RECIPE, "projection", "seed", "flip", "shift")
@@ -331,7 +331,6 @@ def proven(options, weights: list[np.ndarray], logits: np.ndarray) -> dict[str, 
 
 def run_recipe(options) -> dict:
     """Trains a peer with a recipe in its environment; what it claims and what is proven, one line."""
-    os.environ.setdefault("KERAS_BACKEND", "torch")
     from timing import machine
 
     with tempfile.TemporaryDirectory() as folder:
@@ -387,10 +386,11 @@ def recipe_tables(results: list[dict], own: list[dict]) -> str:
 
 def parsed() -> argparse.Namespace:
     """The options of the command line, and the settings of the recipe."""
-    from certified_accuracy import RECIPES
+    os.environ.setdefault("KERAS_BACKEND", "torch")
+    import certified_accuracy
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--recipe", choices=RECIPES, help="of certified_accuracy.py")
+    parser.add_argument("--recipe", choices=certified_accuracy.RECIPES, help="of certified_accuracy.py")
     parser.add_argument("--peer", choices=REQUIREMENTS, default="deel-lip")
     parser.add_argument("--data", help="an .npz file of x_train, y_train, x_test, y_test")
     parser.add_argument("--cpu-seconds", type=float, default=60.0, help="of the training")
@@ -407,8 +407,17 @@ def parsed() -> argparse.Namespace:
     options = parser.parse_args()
     if not options.show and not (options.recipe and options.data):
         parser.error("Expected --recipe and --data, or --show.")
-    settings = {"alpha": 50.0, "temperature": 10.0, "flip": False, "shift": 0, "epsilons": EPSILONS}
-    return argparse.Namespace(**{**settings, **RECIPES.get(options.recipe, {}), **vars(options)})
+    recipe = certified_accuracy.parsed([f"--recipe={options.recipe}"] if options.recipe else [])
+    if (
+        any(not (name.isdigit() or name in ("P", "F")) for name in recipe.layers.split())
+        or recipe.blend
+        or recipe.contrast
+    ):
+        parser.error(
+            "Expected a recipe of convolutions and dense layers on mirrored or moved images. "
+            f"Received: --recipe {options.recipe}"
+        )
+    return argparse.Namespace(**{**vars(recipe), **vars(options)})
 
 
 def main() -> None:

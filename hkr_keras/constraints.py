@@ -296,7 +296,7 @@ class UnitNorm(LipschitzConstraint):
 
 
 def _deviation(matrices: Tensor) -> Tensor:
-    """The largest entry of `|W^T W - I|`, or of `|W W^T - I|`, whichever is smaller."""
+    """The largest entry of `|G - I|`, where `G` is the smaller one of `W^T W` and `W W^T`."""
     rows, columns = matrices.shape[-2:]
     left = matrices if rows < columns else ops.swapaxes(matrices, -1, -2)
     gram = ops.matmul(left, ops.swapaxes(left, -1, -2))

@@ -168,6 +168,8 @@ def settle(variables: list[keras.Variable]) -> None:
         return
     import jax
 
+    if not hasattr(jax, "new_ref"):
+        return
     for variable in variables:
         if not variable.value.committed:
             variable.assign(jax.device_put(variable.value, variable.value.device))
